@@ -243,7 +243,8 @@ def test_errors_are_never_swallowed_in_silence(source: str) -> None:
         if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) == "Exception"):
             body = ast.unparse(ast.Module(node.body, []))
             is_passed_on = node.name and any(isinstance(n, ast.Name) and n.id == node.name for n in ast.walk(node))
-            said = is_passed_on or "+= 1" in body or "raise" in body or "log(" in body or "warn(" in body
+            words = ("+= 1", ".add(", "raise", "log(", "warn(")
+            said = is_passed_on or any(word in body for word in words)
             assert said, f"line {node.lineno} swallows {body}"
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(parse(source)))
 
