@@ -527,6 +527,7 @@ def ineffective_options(config: Config) -> list[str]:
     """Return the options whose values have no effect, because another option would have to be set first."""
     conditions = {
         "backbone_lr layer_decay drop_path lr_type": config.trains_backbone,
+        "test_split": config.splits == "random",
         "pct_start div_factor final_div_factor anneal_strategy": config.scheduler == "onecycle",
         "warmup_epochs": config.scheduler != "onecycle",
         "focal_gamma": config.criterion == "focal",
@@ -5525,7 +5526,7 @@ BOUND_CONFIDENCE = 0.6  # of the error bound that sets thresholds: at 0.5 precis
 PRIOR_ANSWERS = 10  # the answers of all classes count as 10 in the threshold of one: this keeps precision on hand tools
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 BOOTSTRAP_DRAWS = 500
-BOOTSTRAP_SAMPLES = 10_000_000  # limit of draws x samples; larger sets get fewer draws, which suffice for them
+BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: larger sets get fewer draws, but 100 in any case
 UNKNOWN_SHARE = 0.2  # share of unknown objects that probabilities assume; the true share in production is not known
 RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, computed at a time: 80 MB
@@ -5756,7 +5757,7 @@ def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray
     A group, int (N,), holds the image of each sample; views of one image are drawn together. `compute` maps one array of positions
     (n,) of samples for each group to figures; NaN = undefined, None in the result.
     """
-    draws = min(BOOTSTRAP_DRAWS, BOOTSTRAP_SAMPLES // max(1, *map(len, groups)))
+    draws = min(BOOTSTRAP_DRAWS, max(100, BOOTSTRAP_SAMPLES // max(1, *map(len, groups))))
     samples = zip(*(draw_samples(images, draws) for images in groups), strict=True)
     estimates, *drawn = [compute(*positions) for positions in samples]
     figures = {}

@@ -266,6 +266,7 @@ def test_options_without_effect_are_known():
         "warmup_epochs", "sub_centers", "arc_margin", "sam2_cfg", "sam2_ckpt",
     ]  # fmt: skip
     assert "masks_out" not in lct.ineffective_options(lct.Config(auto_generate_masks=True))
+    assert "test_split" in lct.ineffective_options(lct.Config(splits="from_folders"))
 
 
 def test_a_file_that_is_not_there(tmp_path):
