@@ -9132,9 +9132,12 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         run.event("test_end", **scored, **judgement, without_same_session=sessions)
         figures = measure_run(job, model, gallery, features, unknown.get("measure"))
         compare_views(job, model, gallery, test, other_views)
-        accuracy = format_figure(figures["closed"][gallery.matcher]["acc"])
+        closed = figures["closed"][gallery.matcher]
         unseen = next((event for event in read_events(run.path) if event["event"] == "unseen_classes"), {})
-        result = f"{judgement['verdict']}\naccuracy {accuracy} on {num_images:,} test images\n"
+        result = f"{judgement['verdict']}\naccuracy {format_figure(closed['acc'])}, "
+        result += f"macro F1 {format_figure(closed['f1_macro'])}, on {num_images:,} test images\n"
+        coverage = format_figure(figures["thresholds"]["coverage"])
+        result += f"test images that get a class, not `unknown`: {coverage}\n"
         result += f"unknown objects that get a class all the same: {format_unknown(figures, unseen)}"
     has_report = start_report(run)
     if job.unreadable:

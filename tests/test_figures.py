@@ -493,8 +493,8 @@ def test_training_is_compared_with_the_best_baseline_on_the_test_images(run: Run
     assert recorded["verdict"].startswith(f"{word}: ")
 
 
-def test_training_ends_with_four_lines(run: Run) -> None:
-    """Verdict, accuracy, unknown objects that get a class, paths; the report has the rest."""
+def test_training_ends_with_five_lines(run: Run) -> None:
+    """Verdict, accuracy, test images and unknown objects that get a class, paths; the report has the rest."""
 
     def show(figure: dict) -> str:
         return "{:.3f} ({:.3f} to {:.3f})".format(figure["value"], *figure["interval"])
@@ -503,13 +503,15 @@ def test_training_ends_with_four_lines(run: Run) -> None:
     last = max(i for i, line in enumerate(lines) if line.startswith(("epoch ", "training ends after")))
     measured, matcher = run.event("measured"), str(run.gallery["matcher"])
     passed = (measured if "unknown_passed" in measured else run.event("unseen_classes"))["unknown_passed"]
-    assert lines[last + 1 : last + 3] == [
+    closed, num_images = measured["closed"][matcher], run.event("test_end")["images"]
+    assert lines[last + 1 : last + 4] == [
         run.event("test_end")["verdict"],
-        f"accuracy {show(measured['closed'][matcher]['acc'])} on {run.event('test_end')['images']} test images",
+        f"accuracy {show(closed['acc'])}, macro F1 {show(closed['f1_macro'])}, on {num_images} test images",
+        f"test images that get a class, not `unknown`: {show(measured['thresholds']['coverage'])}",
     ]
-    assert lines[last + 3].startswith(f"unknown objects that get a class all the same: {show(passed)}")
-    assert ("--unknown_dir" in lines[last + 3]) is (run.options["unknown_dir"] is None)
-    assert lines[last + 4 :] == [f"finished: {run.folder / 'prototypes.npz'}, {run.folder / 'report.html'}"]
+    assert lines[last + 4].startswith(f"unknown objects that get a class all the same: {show(passed)}")
+    assert ("--unknown_dir" in lines[last + 4]) is (run.options["unknown_dir"] is None)
+    assert lines[last + 5 :] == [f"finished: {run.folder / 'prototypes.npz'}, {run.folder / 'report.html'}"]
 
 
 def test_views_are_compared_over_the_test_crops_that_have_both(runs: Callable[[str], Run]) -> None:

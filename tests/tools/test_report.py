@@ -796,9 +796,10 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     text = section(make_page(run.write()), "trust")
     low, high = measured["closed"]["centroid"]["acc"]["interval"]
     of_matcher = measured["closed"]["knn"]["acc"]["interval"]  # the one of proto_end
-    assert "between {:.3f} and {:.3f}".format(*of_matcher) in make_page(run.write()), (
-        "one interval, in the log and here"
-    )
+    page = make_page(run.write())
+    assert "between {:.3f} and {:.3f}".format(*of_matcher) in page, "one interval, in the log and here"
+    coverage = measured["thresholds"]["coverage"]["value"]
+    assert f"The thresholds give a class to {coverage:.3f} of them" in page
     assert f"{low:.3f} – {high:.3f}" in text and "classes held out in turn" in text
     assert text.count("%</td>") == len(lct.PRECISION_TARGETS)
     told = {"value": 0.123, "interval": [0.102, 0.145]}
