@@ -8605,6 +8605,10 @@ def run_evaluate(config: EvaluateOptions) -> None:
         figures = measure_gallery(run.gallery, known, strangers if len(strangers) else None)
         source = str((config.data_root or run.config.data_root).resolve())
         write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(known.rows)), **figures})
+        if num_seen := count_references(embedded, run.gallery):
+            images = f"{num_seen:,} of {count_of(len(np.unique(embedded.rows)), 'image')}"
+            show(f"warning: {images} are references of the gallery: the figures are better than those of new images")
+        show(f"the run matches by: {MATCHER_NAMES[run.gallery.matcher]}")
         show(format_measures(figures))
         show(f"written: {run.path / 'evaluation.json'}")
 
@@ -8634,6 +8638,14 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     if foreign:
         show(f"not in the gallery, and so unknown objects: {', '.join(map(repr, foreign))}{hint and '; '}{hint}")
     return records, np.arange(len(records.paths))
+
+
+def count_references(embedded: Embedded, gallery: Gallery) -> int:
+    """Return how many images are references of the gallery themselves, wherever their files are: the cosine to one is 1."""
+    (nearest,) = reduce_scores(
+        lambda block: block @ gallery.stacks.T, embedded.values, lambda cosine, _: (cosine.max(axis=1),)
+    )
+    return len(np.unique(embedded.rows[nearest > 1 - 1e-6]))
 
 
 def format_measures(figures: dict[str, Any]) -> str:

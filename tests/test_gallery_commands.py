@@ -69,7 +69,14 @@ def test_evaluate_takes_another_folder_and_its_foreign_classes_are_unknown(
     figures = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     assert figures["images"] == 8 and figures["open_set"]["unknowns"] == 6
     hint = f"for folders that are named as those of the run, give its --class_map {trained[0].parent / 'map.yaml'} too"
-    assert f"unknown objects: 'stranger'; {hint}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"unknown objects: 'stranger'; {hint}" in printed and "warning" not in printed
+    assert "the run matches by: " in printed
+    train = json.loads((run_dir / "splits.json").read_text(encoding="utf-8"))["train"]["axe"]
+    for path in train[:2]:
+        shutil.copy(trained[0] / path, other / "axe" / f"copy of {Path(path).name}")
+    assert call_main("evaluate", "--run", run_dir, "--data_root", other, *QUIET) == 0
+    assert "warning: 2 of 16 images are references of the gallery" in capsys.readouterr().out
     only_foreign = new_class(tmp_path / "foreign", "stranger", 9)
     assert call_main("evaluate", "--run", run_dir, "--data_root", only_foreign, *QUIET) == 2
     error = capsys.readouterr().err
