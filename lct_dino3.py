@@ -6929,7 +6929,9 @@ def load_gallery(path: Path) -> tuple[Gallery, dict[str, Any]]:
 
 
 def gallery_remedy(run_dir: Path) -> str:
-    """Return the remedy for a missing or damaged gallery: the command that rebuilds it."""
+    """Return the remedy for a missing or damaged gallery: the command that rebuilds it, if the folder is that of a run."""
+    if not (run_dir / "config.json").exists():
+        return "give the out_dir of a finished run"
     return f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(run_dir))} makes them anew from the best checkpoint"
 
 

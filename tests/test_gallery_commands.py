@@ -195,6 +195,13 @@ def test_list_shows_each_class_and_writes_nothing(
     assert sorted(path.name for path in run_dir.iterdir()) == before
 
 
+def test_a_folder_that_is_no_run_is_not_sent_on_to_another_command(
+    tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    assert call_main("prototypes", "--run", tmp_path, "--list") == 2
+    assert capsys.readouterr().err.endswith("has no prototypes.npz\n  give the out_dir of a finished run\n")
+
+
 def test_a_gallery_is_made_anew_as_the_run_made_it(
     run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
