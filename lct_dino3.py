@@ -7346,10 +7346,18 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
         similarity = gallery.centroids @ gallery.centroids[label]
         similarity[label] = -1.0
         other = int(num_taken.argmax()) if num_taken.any() else int(similarity.argmax())
-        if num_taken[other] or similarity[other] >= gallery.thresholds[other]:
+        reason = ""
+        if num_taken[other]:
+            reason = (
+                f"{num_taken[other]} of its {counts[label]} crops are nearer to a crop of that class than to each other"
+            )
+        elif similarity[other] >= gallery.thresholds[other]:
+            reason = (
+                f"similarity of their centroids {similarity[other]:.3f}, which is above the threshold of that class"
+            )
+        if reason:
             sentences.append(
-                f"{gallery.class_names[label]} is hard to tell from {gallery.class_names[other]}: similarity of their"
-                f" centroids {similarity[other]:.3f}, {num_taken[other]} of its {counts[label]} crops are nearest to that class"
+                f"{gallery.class_names[label]} is hard to tell from {gallery.class_names[other]}: {reason}"
             )
     few = [name for name in itertools.compress(gallery.class_names, 5 * counts < np.median(counts)) if name in names]
     if gallery.matcher == "knn" and few:

@@ -307,8 +307,8 @@ def test_a_collision_counts_the_crops_whose_nearest_other_reference_is_of_that_c
         assert len(sentences) == bool(counts.any())
         if sentences:
             twin = gallery.class_names[counts.argmax()]
-            assert sentences[0].startswith(f"{name} is hard to tell from {twin}: similarity of their centroids")
-            assert f", {counts.max()} of its {(labels == label).sum()} crops are nearest to that class" in sentences[0]
+            reason = f"{counts.max()} of its {(labels == label).sum()} crops are nearer to a crop of that class"
+            assert sentences[0].startswith(f"{name} is hard to tell from {twin}: {reason}")
     assert lct.find_collisions(gallery, ["a"]), "the crop of it beside one of `b`"
     close = lct.dataclasses.replace(gallery, thresholds=np.full(3, -1.0, np.float32))
     assert len(lct.find_collisions(close, ["a", "b", "c"])) == 3, "centroids above the thresholds"
