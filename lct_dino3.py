@@ -5001,7 +5001,11 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
     name, sizes = split_model_id(config.model_id)
     base = name.split(".")[0]
     if not name.startswith(HUB_PREFIXES) and not timm.is_model(base):
-        raise UserError("is not known to timm", where, did_you_mean(base, timm.list_models()))
+        raise UserError(
+            "is not known to timm",
+            where,
+            did_you_mean(base, timm.list_models(), "timm.list_models('*part of a name*') lists what there is"),
+        )
     options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
     options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
     settings: dict[str, Any] = {"num_classes": 0, **options, **sizes}

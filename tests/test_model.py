@@ -458,6 +458,7 @@ def test_lora_starts_from_the_base_trains_its_own_weights_and_merges(name: str) 
         ({"unfreeze_blocks": 99}, "has 4 blocks"),
         ({"model_id": "test_vit", "unfreeze_blocks": 7}, "has 6 blocks"),
         ({"model_id": "vgg11", "drop_path": 0.1}, "drop_path_rate"),
+        ({"model_id": "hammerfinder"}, "list_models"),
     ],
 )
 def test_parts_that_a_model_has_not_are_refused_before_the_scan(options: dict, complaint: str) -> None:
