@@ -829,9 +829,9 @@ def did_you_mean(
     word: str, known: Iterable[str], fallback: str = f"python {SCRIPT_NAME} --help lists what there is"
 ) -> str:
     """Return a remedy that names up to three known words, with the same last part as `word` or else similar; or the `fallback`."""
-    known, ending = dict.fromkeys(known), word.rpartition(".")[2]
-    close = [other for other in known if other.rpartition(".")[2] == ending][:3]
-    close = close or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    names, ending = {other.lstrip("-"): other for other in known}, word.rpartition(".")[2]
+    close = [other for other in names.values() if other.rpartition(".")[2] == ending][:3]
+    close = close or [names[name] for name in difflib.get_close_matches(word.lstrip("-"), names, n=3, cutoff=0.6)]
     return f"did you mean {' or '.join(close)}?" if close else fallback
 
 
@@ -2114,6 +2114,13 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # Pillow tries 40 decoders otherwise, Ghostscript among them
 IMAGE_ENTRY = "."  # results of `entry_type`
 FOLDER_ENTRY = "/"
+MASKS_ENTRY = "masks/"
+# Noun and place of entries that a listing passes over, beside files of other types.
+IGNORED_PLACES = {
+    FOLDER_ENTRY: ("folder", "inside class folders"),
+    IMAGE_ENTRY: ("image", "beside the class folders"),
+    MASKS_ENTRY: ("folder", "of masks"),
+}
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
 CAMERA_BITS = (8, 10, 12, 14, 16)  # bit depths that an image stored in 16 bits may really use
 JPEG2000_TAGS = (34712, 33003, 33005)  # values of the TIFF tag Compression (259)
@@ -2453,15 +2460,20 @@ def class_folder(path: str, splits: str) -> str:
 
 
 def list_image_tree(root: Path) -> Listing:
-    """List the images below a folder without opening them; follows links to folders and passes over hidden entries."""
+    """List the images below a folder without opening them; follows links to folders, but passes over hidden entries and masks."""
     tree, pending, seen = Listing(), [""], set()
     while pending:
         prefix = pending.pop()
         if (resolved := (root / prefix).resolve()) in seen:  # a link back to a folder already listed
             continue
         seen.add(resolved)
-        for name in tree.add_folder(root, prefix):
-            if _is_plain(name):
+        num_before = len(tree.paths)
+        folders = tree.add_folder(root, prefix)
+        has_crops = "cropped" in folders or len(tree.paths) > num_before
+        for name in folders:
+            if has_crops and name in ("masks", CUTOUTS_DIRNAME):  # of the crops beside it
+                tree.ignored[MASKS_ENTRY] += 1
+            elif _is_plain(name):
                 pending.append(f"{prefix}{name}/")
             else:
                 tree.problems.append((f"{prefix}{name}", ODD_NAME))
@@ -3016,12 +3028,12 @@ def describe_health(listing: Listing, health: FileHealth, class_of: dict[str, st
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
-    """Describe the entries that a listing passed over: files of other types, folders inside classes, images beside them."""
-    kinds = ", ".join(kind for kind, _ in ignored.most_common(6) if kind not in (FOLDER_ENTRY, IMAGE_ENTRY))
-    files = ignored.total() - ignored[FOLDER_ENTRY] - ignored[IMAGE_ENTRY]
-    phrases = [f"{count_of(files, 'file')} of other types ({kinds})"] if files else []
-    phrases += [f"{count_of(ignored[FOLDER_ENTRY], 'folder')} inside class folders"] if ignored[FOLDER_ENTRY] else []
-    phrases += [f"{count_of(ignored[IMAGE_ENTRY], 'image')} beside the class folders"] if ignored[IMAGE_ENTRY] else []
+    """Describe the entries that a listing passed over: files of other types, and those of IGNORED_PLACES."""
+    kinds = [kind for kind, _ in ignored.most_common() if kind not in IGNORED_PLACES]
+    files = sum(ignored[kind] for kind in kinds)
+    phrases = [f"{count_of(files, 'file')} of other types ({', '.join(kinds[:6])})"] if files else []
+    for kind, (noun, place) in IGNORED_PLACES.items():
+        phrases += [f"{count_of(ignored[kind], noun)} {place}"] if ignored[kind] else []
     return " and ".join(phrases)
 
 
@@ -9330,7 +9342,8 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
         again = "the same command"
         again += " without --overwrite" if getattr(options, "overwrite", False) else ""
         again += " without --resume" if getattr(options, "resume", None) not in (None, "last") else ""
-        again += " starts again" if options.command in COMMAND_OPTIONS else " continues where it stopped"
+        starts_anew = options.command in (*COMMAND_OPTIONS, "export")
+        again += " starts again" if starts_anew else " continues where it stopped"
         return 128 + failure.signal_number, f"interrupted ({failure}); {again}"
     if isinstance(failure, subprocess.CalledProcessError):  # of `run_tool`
         return failure.returncode, f"error: {failure.cmd} has ended with exit code {failure.returncode}, as said above"

@@ -98,6 +98,11 @@ def test_typos_get_the_closest_name(argv, hint):
     assert "did you mean" in text and hint in text.split("did you mean")[1]
 
 
+def test_dashes_make_no_word_alike():
+    assert "did you mean" not in refusal("--nonsense")
+    assert refusal("--bacth", "3").endswith("did you mean --batch?")
+
+
 def test_a_word_like_nothing_points_to_the_help():
     assert "--help" in refusal("--qqqqqqqq")
 

@@ -57,6 +57,16 @@ def test_cropped_folder_wins_and_other_folders_are_not_entered(tmp_path):
     assert list_names(tmp_path) == ["a/1.png", "b/cropped/2.png", "c/4.png"]
 
 
+def test_a_tree_of_images_leaves_out_the_masks_of_crops(tmp_path):
+    names = ("a/cropped/1.png", "a/masks/1_mask.png", "b/2.png", "b/cutouts/2.png", "masks/venetian/3.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    tree = lct.list_image_tree(tmp_path)
+    assert tree.paths == ["a/cropped/1.png", "b/2.png", "masks/venetian/3.png"]
+    assert lct.describe_ignored(tree.ignored) == "2 folders of masks"
+
+
 def test_suffixes_count_in_any_case_and_only_those_of_images(tmp_path):
     (tmp_path / "a").mkdir()
     wanted = ["1.JPG", "2.jpeg", "3.Png", "4.BMP", "5.webp", "6.TIF", "7.tiff", "8.tar.jpg"]
