@@ -165,6 +165,9 @@ def test_sinkhorn_uses_all_outputs_equally_often_and_leaves_the_centre_out() -> 
     residual = ratio - ratio.mean(0) - ratio.mean(1, keepdims=True) + ratio.mean()
     assert np.abs(residual).max() < 1e-3
     assert losses.mutual_information(target.softmax(logits)) < losses.mutual_information(plan)
+    sharp = losses.sinkhorn(logits, 0.001, 30)  # the lowest --teacher-temp: exp() of whole rows and columns is 0
+    torch.testing.assert_close(sharp.sum(dim=1), torch.ones(64))
+    assert (sharp.sum(dim=0) > 1).all()
 
 
 def test_the_centre_moves_once_a_step_by_all_that_the_teacher_says() -> None:
@@ -382,6 +385,9 @@ def test_masks_are_blocks_of_the_share_that_is_asked_for() -> None:
     together = masks.reshape(-1, 8, 8)[masks.any(1)]
     neighbours = (together[:, :, 1:] & together[:, :, :-1]).sum() / together.sum()
     assert neighbours > 0.5  # 0.26 if they lay at random
+    for ratio in (0.05, 0.7):
+        masks = np.stack([views.draw_block_mask(np.random.default_rng(n), 14, ratio) for n in range(300)])
+        assert masks.mean(1)[masks.any(1)].mean() == pytest.approx(ratio, abs=0.02)
 
 
 # --- measures

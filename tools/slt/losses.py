@@ -47,12 +47,10 @@ class Target(nn.Module):
 
 def sinkhorn(logits: torch.Tensor, temperature: float, num_iterations: int) -> torch.Tensor:
     """Return the probabilities (N, K) closest to softmax(logits / temperature) that use all K outputs equally often in a batch."""
-    scaled = logits.float() / temperature
-    plan = (scaled - scaled.max()).exp()
+    log_plan = logits.float() / temperature  # in logarithms: at low temperatures, whole rows of exp() are 0
     for _ in range(num_iterations):
-        plan = plan / plan.sum(dim=0, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny)
-        plan = plan / plan.sum(dim=1, keepdim=True)
-    return plan
+        log_plan = log_plan.log_softmax(dim=0).log_softmax(dim=1)
+    return log_plan.exp()
 
 
 def class_loss(student: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
