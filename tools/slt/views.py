@@ -26,9 +26,9 @@ ASPECT = (3 / 4, 4 / 3)  # range of the aspect ratio of crops, as in torchvision
 BLUR_SIGMA = (0.1, 2.0)  # range, in px of a view of 224 px, as in DINO
 SOLARIZE_FROM = 128
 MASK_PROBABILITY = 0.5  # share of the global views that are masked, as in iBOT
-MASK_SPREAD = 0.2  # largest deviation of the masked share from its mean, as in iBOT
+MASK_SPREAD = 0.2  # largest deviation of the masked share from its mean, as in iBOT; less near 0 and 1
 BLOCK_ASPECT = 0.3  # lowest aspect ratio of a masked block, as in BEiT; the highest is its inverse
-BLOCK_TRIES = 10
+BLOCK_TRIES = 10  # failures in a row that end a mask, as in iBOT
 EVAL_AUGMENTATION = {
     **{"global_crop_scale": (0.5, 1.0), "local_crop_scale": (0.5, 1.0), "hflip_prob": 0.5},
     **{"brightness": 0.2, "contrast": 0.2, "saturation": 0.1, "hue": 0.02, "color_jitter_prob": 0.8},
@@ -78,16 +78,17 @@ class Augmentation:
         view = resize(image[:, :, top : top + crop_height, left : left + crop_width], side)
         if draws[4] < self.hflip_prob:
             view = view[:, ::-1]
+        view = np.ascontiguousarray(view)
         is_gray = draws[6] < self.grayscale_prob
         if draws[5] < self.color_jitter_prob or is_gray:
             jitter = draws[7:11] if draws[5] < self.color_jitter_prob else np.full(4, 0.5)
-            view = cv2.transform(np.ascontiguousarray(view), self._colour_matrix(view, 2 * jitter - 1, is_gray))
+            view = cv2.transform(view, self._colour_matrix(view, 2 * jitter - 1, is_gray))
         if draws[11] < self.gaussian_blur_prob:
             sigma = (BLUR_SIGMA[0] + draws[12] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])) * side / 224
-            view = cv2.GaussianBlur(np.ascontiguousarray(view), (0, 0), max(sigma, 0.05))
+            view = cv2.GaussianBlur(view, (0, 0), max(sigma, 0.05))
         if draws[13] < self.solarize_prob:
             view = np.where(view >= SOLARIZE_FROM, 255 - view, view)
-        return np.ascontiguousarray(view)
+        return view
 
     def _colour_matrix(self, view: np.ndarray, jitter: np.ndarray, is_gray: bool) -> np.ndarray:
         """Return an affine matrix (3, 4) that changes brightness, contrast, saturation and hue of RGB at once.
@@ -102,7 +103,7 @@ class Augmentation:
         to_gray = np.tile(LUMA, (3, 1))
         saturate = saturation * np.eye(3) + (1 - saturation) * to_gray
         matrix = FROM_YIQ @ rotate @ TO_YIQ @ saturate * (brightness * contrast)
-        offset = (1 - contrast) * brightness * float(LUMA @ cv2.mean(view if view.flags.forc else view.copy())[:3])
+        offset = (1 - contrast) * brightness * float(LUMA @ cv2.mean(view)[:3])
         if is_gray:
             matrix = to_gray @ matrix
         return np.column_stack([matrix, np.full(3, offset)])
@@ -207,20 +208,20 @@ def draw_block_mask(rng: np.random.Generator, grid: int, mean_ratio: float) -> n
     mask = np.zeros((grid, grid), dtype=bool)
     if rng.random() >= MASK_PROBABILITY:
         return mask.reshape(-1)
-    ratio = rng.uniform(max(0.0, mean_ratio - MASK_SPREAD), min(1.0, mean_ratio + MASK_SPREAD))
-    target = max(1, round(ratio * grid * grid))
-    for _ in range(BLOCK_TRIES):
-        missing = target - int(mask.sum())
-        if missing <= 0:
-            break
+    spread = min(MASK_SPREAD, mean_ratio, 1 - mean_ratio)
+    target = max(1, round(rng.uniform(mean_ratio - spread, mean_ratio + spread) * grid * grid))
+    failures = 0
+    while failures < BLOCK_TRIES and (missing := target - int(mask.sum())) > 0:
         area = rng.uniform(1, missing + 1)
         aspect = math.exp(rng.uniform(math.log(BLOCK_ASPECT), -math.log(BLOCK_ASPECT)))
         height = min(grid, max(1, round(math.sqrt(area * aspect))))
         width = min(grid, max(1, round(math.sqrt(area / aspect))))
         top, left = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
         block = mask[top : top + height, left : left + width]
-        if block.size - int(block.sum()) <= missing:
+        failures += 1
+        if 0 < block.size - int(block.sum()) <= missing:
             block[...] = True
+            failures = 0
     return mask.reshape(-1)
 
 
