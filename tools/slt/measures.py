@@ -55,8 +55,11 @@ def pixel_features(images: torch.Tensor) -> np.ndarray:
 
 def colour_features(images: torch.Tensor) -> np.ndarray:
     """Return the joint colour histograms of uint8 images (N, 3, H, W), float32 (N, COLOUR_BINS ** 3)."""
-    bins = (images.long() * COLOUR_BINS) // 256
-    cells = ((bins[:, 0] * COLOUR_BINS + bins[:, 1]) * COLOUR_BINS + bins[:, 2]).flatten(1)
-    counts = torch.zeros(len(images), COLOUR_BINS**3)
-    counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
-    return (counts / cells.shape[1]).sqrt().numpy()  # roots, as in Hellinger's distance: no bin drowns the rest
+    counts = []
+    for bins in images.flatten(2) // (
+        256 // COLOUR_BINS
+    ):  # one image at a time: cells take eight times the memory of pixels
+        cells = np.ravel_multi_index(tuple(bins.numpy()), (COLOUR_BINS,) * 3)
+        counts.append(np.bincount(cells, minlength=COLOUR_BINS**3))
+    shares = np.stack(counts) / images[0, 0].numel()
+    return np.sqrt(shares, dtype=np.float32)  # roots, as in Hellinger's distance: no bin drowns the rest
