@@ -44,7 +44,7 @@ CHECKPOINT_FORM = {
     "tally": torch.Tensor,
 }
 EVAL_BATCH = 256
-MIN_INFORMATION = 0.3  # share of ln(out_dim); below it the teacher's outputs say too little about the image
+MIN_INFORMATION = 0.3  # share of the highest; below it the teacher's outputs say too little about the image
 TALLY = ("loss", "loss_class", "loss_patch", "koleo", "grad_norm")  # figures of a step
 SHEET_IMAGES = 12  # rows of the sheet of views
 FRESH_RUN = "with --overwrite or in another --output-dir"  # end of each advice to try other settings
@@ -121,13 +121,13 @@ class Schedule:
         high, low = self.options.learning_rate, self.options.min_lr
         if step < self.warmup_steps:
             return high * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return low + 0.5 * (high - low) * (1 + math.cos(math.pi * progress))
 
     def momentum(self, step: int) -> float:
         """Return the teacher's momentum at a step: a cosine from the base to the final value."""
         base, final = self.options.teacher_momentum_base, self.options.teacher_momentum_final
-        return final - 0.5 * (final - base) * (1 + math.cos(math.pi * step / max(1, self.total_steps)))
+        return final - 0.5 * (final - base) * (1 + math.cos(math.pi * step / self.total_steps))
 
     def freezes_last_layer(self, step: int) -> bool:
         """Whether a step leaves the last layer of the heads unchanged."""
@@ -217,11 +217,6 @@ def build_state(options: PretrainOptions, device: torch.device) -> State:
 
 
 # --- training
-
-
-def baseline_features(images: torch.Tensor) -> dict[str, np.ndarray]:
-    """Return features that need no network: downscaled images and colour histograms."""
-    return {"pixels": measures.pixel_features(images), "colours": measures.colour_features(images)}
 
 
 def fit(job: Job, state: State) -> None:
@@ -384,7 +379,8 @@ def embed(job: Job, networks: Networks, images: torch.Tensor) -> tuple[torch.Ten
     """Return class tokens and mean patch tokens of uint8 images (N, 3, S, S), each float32 (N, embed_dim) on the CPU."""
     class_tokens = []
     mean_patches = []
-    for chunk in images.split(EVAL_BATCH):
+    chunks = images.split(EVAL_BATCH)
+    for chunk in lct.progress(chunks, len(chunks), "evaluating"):
         with job.autocast():
             tokens = networks.encode(lct.send(chunk[None], job.runtime.device))[0].float()
         class_tokens.append(tokens[:, 0].cpu())
@@ -409,9 +405,9 @@ def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
     """Return a warning if features collapse, else ''; '' up to twice the warm-up, because a healthy run may begin with a dip."""
     if state.step < 2 * job.schedule.warmup_steps:
         return ""
-    limit = MIN_INFORMATION * math.log(job.options.out_dim)
+    limit = MIN_INFORMATION * highest_information(job)
     signs = []
-    if figures["retrieval"] <= state.start["retrieval"]:
+    if figures["retrieval"] <= state.start["retrieval"] and figures["retrieval"] < 1:
         signs.append(
             f"retrieval {figures['retrieval']:.3f} is not above that of random weights, {state.start['retrieval']:.3f}"
         )
@@ -421,11 +417,18 @@ def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
     return f"collapsing: {' and '.join(signs)}; try {remedies}, {FRESH_RUN}" if signs else ""
 
 
+def highest_information(job: Job) -> float:
+    """Return the most nats that the teacher's outputs can hold: ln of their number, or of that of the held-out views if less."""
+    return math.log(min(job.options.out_dim, job.held_out_views.shape[:2].numel()))
+
+
 def finish_epoch(job: Job, state: State, figures: dict[str, float], collapse: str) -> None:
     """Record and save an epoch. The loss never chooses the best one, because a collapsed run has a low loss as well."""
     metric = job.identity["chosen_by"]
     job.run.event("epoch_end", epoch=state.epoch, step=state.step, **figures, collapse=collapse or None)
-    if not state.best or figures[metric] > state.best["value"]:
+    if (
+        not state.best or figures[metric] >= state.best["value"]
+    ):  # of equal ones the latest: a few crops reach 1.0 at once
         save_best(job, state, figures[metric])
     save_last(job, state)
 
@@ -449,7 +452,7 @@ def format_epoch(job: Job, state: State, figures: dict[str, float], seconds: flo
         f"epoch {state.epoch}/{job.options.epochs}",
         f"loss {figures['loss']:.3f}",
         f"retrieval {figures['retrieval']:.3f} (random {state.start['retrieval']:.3f})",
-        f"information {figures['information']:.2f} of {math.log(job.options.out_dim):.2f}",
+        f"information {figures['information']:.2f} of {highest_information(job):.2f}",
     ]
     if "knn_class" in figures:
         columns.append(f"k-NN class token {figures['knn_class']:.3f}, mean patch {figures['knn_patch']:.3f}")
@@ -565,21 +568,21 @@ def pretrain(options: PretrainOptions) -> None:
     cv2.setNumThreads(1)  # small views gain nothing from threads, and workers are processes
     gpus = {"auto": None, "cpu": 0, "cuda": 1}[options.device]
     runtime = lct.make_runtime(gpus, "bf16" if options.amp else "fp32")
-    if options.overwrite and options.output_dir.exists() and not options.dry_run:
-        lct.show(f"the old run is now {lct.move_aside(options.output_dir)}")
-    payload = choose_start(options)
+    checkpoints = read_checkpoints(options)
     data = read_data(options)
     identity = make_identity(options, data)
-    if payload is not None:
-        path = options.output_dir / options.checkpoint_last_name
-        lct.check_identity(path, payload["identity"], identity, elsewhere="choose a new --output-dir")
+    for path, checkpoint in checkpoints.items():
+        lct.check_identity(path, checkpoint["identity"], identity, elsewhere="choose a new --output-dir")
     batches = EpochBatches(len(data.train), options.batch_size, options.seed, options.dataset_shuffle)
     schedule = Schedule(options, batches.per_epoch)
     grid = options.image_size // options.patch_size
     held_out = ViewDataset(data.held_out, options.augmentation.for_evaluation(), options.seed, grid, 0.0)
-    keys = [ViewKey(0, index) for index in range(len(data.held_out))]
-    views = torch.cat([ViewDataset.collate([held_out[key]]).global_views for key in keys], dim=1)
+    num_held_out = len(data.held_out)
+    indices = lct.progress(range(num_held_out), num_held_out, "held-out views", "image")
+    views = ViewDataset.collate([held_out[ViewKey(0, index)] for index in indices]).global_views
     state = build_state(options, runtime.device)
+    if options.overwrite and options.output_dir.exists() and not options.dry_run:
+        lct.show(f"the old run is now {lct.move_aside(options.output_dir)}")
     with lct.RunDirectory(options.output_dir, "--output-dir", options.checkpoint_history_file) as run:
         job = Job(options, data, runtime, schedule, batches, identity, run, views)
         description = describe_run(job, state.student)
@@ -596,7 +599,8 @@ def pretrain(options: PretrainOptions) -> None:
             run.log(f"written: {options.output_dir / 'views.png'}; nothing is trained (--dry-run)")
             return
         lct.write_json(options.output_dir / "params.json", description)
-        start_or_resume(job, state, payload)
+        start_or_resume(job, state, next(iter(checkpoints.values()), None))
+        checkpoints.clear()  # frees their memory
         try:
             fit(job, state)
             if options.export_backbone is not None:
@@ -609,31 +613,47 @@ def pretrain(options: PretrainOptions) -> None:
         run.log(f"{best}; {describe_start(state.start)}")
 
 
-def choose_start(options: PretrainOptions) -> dict[str, Any] | None:
-    """Return the checkpoint to resume from, or None to start afresh; a run with a checkpoint starts afresh only with --overwrite.
+def read_checkpoints(options: PretrainOptions) -> dict[Path, dict[str, Any]]:
+    """Return by path the checkpoint to resume from and then the best one beside it; nothing for a fresh start.
+
+    A run with a checkpoint starts afresh only with --overwrite.
 
     Raises:
-        UserError: the checkpoint is missing, damaged, or not one of pre-training.
+        UserError: a checkpoint is missing, damaged, or not one of pre-training.
     """
     last = options.output_dir / options.checkpoint_last_name
     best = options.output_dir / options.checkpoint_best_name
-    path = last if options.resume in (None, "last") else Path(options.resume)
-    path = path / options.checkpoint_last_name if path.is_dir() else path
+    if options.resume is None:
+        path = last if last.exists() else best  # killed in the first epoch, between writing the best and the last one
+    else:
+        path = last if options.resume == "last" else Path(options.resume)
+        path = path / options.checkpoint_last_name if path.is_dir() else path
+    if options.overwrite or (options.resume is None and not path.exists()):
+        return {}
     alternatives = [other for other in (last, best) if other.exists() and other != path]
-    if options.overwrite or (options.resume is None and not path.exists() and not alternatives):
-        return None
+    alternative = f"give --resume {alternatives[0]}, or " if alternatives else ""
+    checkpoints = {path: read_checkpoint(path, f"{alternative}start afresh with --overwrite, without --resume")}
+    if best.exists() and best != path:
+        checkpoints[best] = read_checkpoint(
+            best, "delete it; the same command then takes the newest teacher for the best"
+        )
+    return checkpoints
+
+
+def read_checkpoint(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a checkpoint of pre-training. Raises UserError with `remedy` if it is missing, damaged, or not one."""
     try:
         return lct.load_checkpoint(path, CHECKPOINT_FORM)
     except lct.UserError as error:
-        alternative = f"give --resume {alternatives[0]}, or " if alternatives else ""
-        remedy = f"{alternative}start afresh with --overwrite, without --resume"
         raise lct.UserError(error.what, error.where, remedy) from error
 
 
 def make_identity(options: PretrainOptions, data: Data) -> dict[str, Any]:
     """Return the options, the data and the metric that must not change when a run is resumed."""
     fixed = {name: value for name, value in options.as_plain().items() if name not in FREE_OPTIONS}
-    return {**fixed, "data": data.fingerprint, "chosen_by": "knn_class" if data.gallery else "retrieval"}
+    labelled = [crops.fingerprint for crops in (data.gallery, data.queries) if crops is not None]
+    chosen_by = "knn_class" if data.gallery else "retrieval"
+    return {**fixed, "data": data.fingerprint, "labelled": labelled or None, "chosen_by": chosen_by}
 
 
 def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> None:
@@ -653,7 +673,9 @@ def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> N
         run.log(f"resumed at {lct.describe_position(state.epoch, state.batches)}")
         return
     run.forget(lambda record: record["event"] == "start_end")
-    state.start = evaluate(job, state) | score_knn(job.data, baseline_features)
+    without_network = {"pixels": measures.pixel_features, "colours": measures.colour_features}
+    baselines = score_knn(job.data, lambda images: {name: f(images) for name, f in without_network.items()})
+    state.start = evaluate(job, state) | baselines
     run.event("run_start", epoch=0, step=0, algorithm=job.options.algorithm, chosen_by=job.identity["chosen_by"])
     run.event("start_end", epoch=0, step=0, **state.start)
     run.log(describe_start(state.start))

@@ -256,7 +256,7 @@ def test_it_is_the_teacher_that_is_judged() -> None:
     held_out = make_views()
     pairs = torch.cat([held_out.collate([held_out[views.ViewKey(0, n)] for n in range(4)]).global_views] * 3, dim=1)
     pixels = pairs[0]
-    labelled = pretrain_utils.Data(None, None, "", data.LabelledImages(pixels, np.arange(12) % 4), None)
+    labelled = pretrain_utils.Data(None, None, "", data.LabelledImages(pixels, np.arange(12) % 4, ""), None)
     figures = pretrain_utils.evaluate(make_job(options, data=labelled, held_out_views=pairs[:, :4]), state)
     first, second = (state.teacher.encode(part[None, :4])[0, :, 0] for part in pairs)
     assert figures["retrieval"] == measures.two_view_retrieval(first, second)
@@ -415,6 +415,9 @@ def test_retrieval_and_neighbours_equal_a_search_by_hand() -> None:
     assert found == pytest.approx(np.mean(right)) and 0.3 < found < 1
     alone = measures.knn_accuracy(np.eye(4), np.arange(4), None, None)
     assert alone == 0.0  # nothing votes for itself
+    images = torch.from_numpy(rng.integers(0, 256, (3, 3, 5, 4), dtype=np.uint8))
+    counts = [np.histogramdd(image.flatten(1).T.numpy(), bins=8, range=[(0, 256)] * 3)[0].ravel() for image in images]
+    np.testing.assert_allclose(measures.colour_features(images), np.sqrt(np.stack(counts) / 20), rtol=1e-6)
 
 
 # --- runs
@@ -582,6 +585,7 @@ ALGORITHMS = {
 PLANS = {
     "dino": [
         kill("pretrain_utils.train_step", 2),
+        kill("lct.write_checkpoint", 1, when="after"),  # the best of the first epoch, without a last one
         kill("lct.write_checkpoint", 3, when="after"),  # of the second epoch
         kill("lct.os.write", 6, when="half"),
     ],
@@ -667,11 +671,11 @@ def test_artifacts_are_described_as_they_are_after_a_kill_and_a_second_export(
 def test_the_best_is_chosen_by_retrieval_and_never_by_the_loss(
     crops: Path, tmp_path: Path, patch_used: Callable
 ) -> None:
-    figures = iter([{"retrieval": 0.1}, {"retrieval": 0.5}, {"retrieval": 0.9}, {"retrieval": 0.7}])
-    patch_used(pretrain_utils, "evaluate", lambda job, state: {**next(figures), "information": 3.0})
-    assert start(crops, tmp_path / "run") == 0
+    values = iter([0.1, 0.5, 0.9, 0.9, 0.7])  # of equal ones the latest
+    patch_used(pretrain_utils, "evaluate", lambda job, state: {"retrieval": next(values), "information": 3.0})
+    assert start(crops, tmp_path / "run", "--epochs", 4) == 0
     best = torch.load(tmp_path / "run" / "checkpoint_best.pt", weights_only=True)["best"]
-    assert best == {"metric": "retrieval", "value": 0.9, "epoch": 2, "step": 4}
+    assert best == {"metric": "retrieval", "value": 0.9, "epoch": 3, "step": 6}
 
 
 def test_retrieval_is_measured_with_one_yardstick_whatever_is_trained_with(crops: Path, tmp_path: Path) -> None:
@@ -690,11 +694,14 @@ def test_a_collapse_is_said_and_ends_the_run_only_if_asked(
     crops: Path, tmp_path: Path, capsys: pytest.CaptureFixture, patch_used: Callable
 ) -> None:
     """Answers that are the same for all images; features that tell less than at random."""
-    figures = {"retrieval": 0.5, "information": 0.2 * math.log(32)}
+    figures = {
+        "retrieval": 0.5,
+        "information": 0.2 * math.log(4),
+    }  # two held-out crops in two views, fewer than outputs
     patch_used(pretrain_utils, "evaluate", lambda job, state: figures if state.step else {**figures, "retrieval": 0.4})
     assert start(crops, tmp_path / "goes_on", "--warmup-epochs", 0) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 3 and all("collapsing: the teacher's answers hold 0.69 nats" in line for line in warnings)
+    assert len(warnings) == 3 and all("collapsing: the teacher's answers hold 0.28 nats" in line for line in warnings)
     assert all("--use-sinkhorn" in line and "retrieval" not in line for line in warnings)
     assert all(line.endswith(", with --overwrite or in another --output-dir") for line in warnings)
     assert start(crops, tmp_path / "stops", "--stop-on-collapse", "--warmup-epochs", 0) == 3
@@ -706,6 +713,9 @@ def test_a_collapse_is_said_and_ends_the_run_only_if_asked(
     assert (
         said.count("collapsing: retrieval 0.400 is not above that of random weights, 0.400") == 2
     )  # not while it warms up
+    figures = {"retrieval": 1.0, "information": 0.4 * math.log(4)}
+    patch_used(pretrain_utils, "evaluate", lambda job, state: figures)
+    assert start(crops, tmp_path / "easy", "--stop-on-collapse", "--warmup-epochs", 0) == 0
 
 
 def test_centring_collapses_and_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -844,6 +854,7 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
         ("--output-dir {one}", "is neither empty nor a run"),
         ("--knn-dir {one}", "classes need two"),
         ("--knn-dir {crops}/.. {empty}", "empty: holds no folders of images"),
+        ("--knn-dir {single}", "one crop of each class, and each is matched with the others"),
         ("--knn-dir {spoiled}", "spoiled: 2 of 4 images cannot be read"),
         ("--resume", "there is no such checkpoint\n  start afresh with --overwrite, without --resume"),
         ("--resume {text}", "cannot be read as a checkpoint: File is not a zip file\n  start afresh with --overwrite"),
@@ -860,7 +871,7 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
 def test_bad_input_costs_one_sentence(
     flags: str, said: str, crops: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    places = {name: tmp_path / name for name in ("empty", "one", "none", "broken", "run", "spoiled")}
+    places = {name: tmp_path / name for name in ("empty", "one", "none", "broken", "run", "spoiled", "single")}
     for folder in ("empty", "one", "broken"):
         places[folder].mkdir()
     places |= {"text": tmp_path / "text.txt", "crops": crops / "left", "export": finished / "backbone.pt"}
@@ -873,6 +884,7 @@ def test_bad_input_costs_one_sentence(
         if number >= 8:
             (places["broken"] / f"{number:02}.png").write_bytes(b"\x89PNG cut off")
     make_dataset(places["spoiled"], {"a": 2, "b": 2})
+    make_dataset(places["single"], {"a": 1, "b": 1})
     for name in "ab":
         (places["spoiled"] / name / "0000.png").write_bytes(b"\x89PNG cut off")
     words = flags.format(**places).split()
@@ -919,11 +931,38 @@ def test_a_run_with_other_settings_or_a_foreign_checkpoint_is_refused(
     (out / "sub" / "backbone.json").write_text("{}")
     assert start(crops, out, "--epochs", 1, "--config", tmp_path / "run.toml") == 2
     assert f"beside {tmp_path / 'run.toml'}: export_backbone: is no such file" in capsys.readouterr().err
-    (out / "checkpoint_last.pt").unlink()  # what has been trained is never begun again unasked
-    assert start(crops, out, "--epochs", 1) == 2
+    (out / "checkpoint_last.pt").unlink()
+    assert start(crops, out, "--epochs", 1, "--resume") == 2
     assert f"give --resume {out / 'checkpoint_best.pt'}" in capsys.readouterr().err
+    assert start(crops, out, "--epochs", 1) == 0  # what has been trained is never begun again unasked
+    assert "resumed at epoch 1" in capsys.readouterr().out
+    assert start(crops, out, "--epochs", 1, "--init-from", out / "checkpoint_best.pt", "--overwrite") == 2
+    assert "holds the file of --init-from, which --overwrite would move aside" in capsys.readouterr().err
+    assert start(crops, out, "--epochs", 1, "--batch-size", 100, "--overwrite") == 2
+    assert (out / "checkpoint_best.pt").exists()  # moved aside only once the new run can begin
     assert start(crops, out, "--epochs", 1, "--vit-depth", 2, "--overwrite", "--dry-run") == 0
     assert (out / "checkpoint_best.pt").exists()
+
+
+def test_a_run_continues_only_with_its_own_labelled_crops_and_its_own_best(
+    crops: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out, other = tmp_path / "run", tmp_path / "other"
+    labelled = make_dataset(tmp_path / "labelled", {"a": 3, "b": 3})
+    assert start(crops, out, "--epochs", 1, "--knn-dir", labelled) == 0
+    labelled.rename(tmp_path / "moved")
+    assert start(crops, out, "--epochs", 1, "--knn-dir", tmp_path / "moved") == 0
+    assert start(crops, out, "--epochs", 1, "--knn-dir", crops) == 2
+    assert f"{out / 'checkpoint_last.pt'}: belongs to a run with other" in (error := capsys.readouterr().err)
+    assert "labelled: " in error and "data: " not in error
+    assert start(crops, other, "--epochs", 1, "--seed", 1, "--knn-dir", tmp_path / "moved") == 0
+    assert start(crops, other, "--epochs", 1, "--knn-dir", tmp_path / "moved", "--resume", out) == 2
+    assert (
+        f"{other / 'checkpoint_best.pt'}: belongs to a run" in (error := capsys.readouterr().err) and "seed: 1" in error
+    )
+    os.truncate(out / "checkpoint_best.pt", 3000)
+    assert start(crops, out, "--epochs", 1, "--knn-dir", tmp_path / "moved") == 2
+    assert "checkpoint_best.pt: cannot be read" in (error := capsys.readouterr().err) and "delete it; the same" in error
 
 
 # --- together with the rest

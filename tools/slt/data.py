@@ -40,6 +40,7 @@ class LabelledImages:
 
     pixels: torch.Tensor  # uint8 (N, 3, S, S)
     labels: np.ndarray  # (N,) int64
+    fingerprint: str  # of paths inside the folder and sizes of all its files
 
 
 def read_data(options: PretrainOptions) -> Data:
@@ -57,6 +58,10 @@ def read_data(options: PretrainOptions) -> Data:
         gallery, labelled_paths, names = read_labelled(options, options.knn_dir[0], None)
         if len(options.knn_dir) > 1:
             queries, labelled_paths, _ = read_labelled(options, options.knn_dir[1], names)
+        elif len(np.unique(gallery.labels)) == len(gallery.labels):
+            problem = "holds one crop of each class, and each is matched with the others"
+            remedy = "give more crops, or a second folder with queries"
+            raise lct.UserError(problem, options.describe("knn_dir"), remedy)
     order = np.random.default_rng((0, options.seed)).permutation(len(readable))
     num_held_out = 0 if labelled_paths else min(HELD_OUT_IMAGES, max(2, int(HELD_OUT_SHARE * len(readable))))
     train_rows = np.sort(order[num_held_out:])
@@ -132,7 +137,8 @@ def read_labelled(
     paths = [str((folder / listing.paths[row]).resolve()) for row in rows]
     readable, squares = check_files(paths, options.image_size, where)
     labels = np.array([names.index(class_names[rows[index]]) for index in readable], dtype=np.int64)
-    images = LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels)
+    fingerprint = lct.fingerprint(listing.paths, lct.stat_files(folder, listing.paths)[:, 0])
+    images = LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels, fingerprint)
     return images, [paths[index] for index in readable], names
 
 

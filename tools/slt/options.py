@@ -243,6 +243,8 @@ def check_output(options: PretrainOptions) -> None:
             "lies inside the images, where its files would be taken for some", "choose a folder outside the data"),
         (options.overwrite and any(source.is_relative_to(output) for source in sources),
             "holds the images, which --overwrite would move aside", "choose another folder"),
+        (options.overwrite and options.init_from is not None and options.init_from.resolve().is_relative_to(output),
+            "holds the file of --init-from, which --overwrite would move aside", "choose another folder"),
         (output.exists() and not output.is_dir(), "is a file, not a folder", "choose another path"),
         (not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK),
             f"{existing} is not a folder that can be written to", "choose a folder of your own"),
