@@ -4697,9 +4697,11 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
 
 def adopt_geometry(config: Config) -> Config:
     """Return the config with model, size and normalisation from an export of tools/pretrain_dino_*.py, unless options give them."""
-    if config.backbone_weights is None or not is_torch_zip(config.backbone_weights):
+    path = locate_start(config) or config.backbone_weights
+    if path is None or not is_torch_zip(path):
         return config
-    metadata = read_start(config).metadata
+    start = read_start(config)
+    metadata = start.metadata
     geometry = metadata.get("geometry")
     if not isinstance(geometry, dict) or "image_size" not in geometry:
         return config
@@ -4707,7 +4709,7 @@ def adopt_geometry(config: Config) -> Config:
     values = {"model_id": f"{PRETRAINED_VIT}:{sizes}", "img_size": geometry["image_size"]}
     values |= {name: tuple(metadata[name]) for name in ("mean", "std") if name in metadata}
     adopted = {name: value for name, value in values.items() if name not in config.origins}
-    origins = {**config.origins, **dict.fromkeys(adopted, config.describe("backbone_weights"))}
+    origins = {**config.origins, **dict.fromkeys(adopted, start.where)}
     return dataclasses.replace(config, origins=origins, **adopted)
 
 

@@ -968,13 +968,17 @@ def test_a_run_continues_only_with_its_own_labelled_crops_and_its_own_best(
 # --- together with the rest
 
 
-@pytest.mark.parametrize("mode", ["--freeze_backbone", "--no-freeze_backbone"])
-def test_the_script_trains_on_what_was_pretrained(finished: Path, small_data: Path, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "flag"), [("--freeze_backbone", "--backbone_weights"), ("--no-freeze_backbone", "--load_from")]
+)
+def test_the_script_trains_on_what_was_pretrained(
+    finished: Path, small_data: Path, tmp_path: Path, mode: str, flag: str
+) -> None:
     weights = tmp_path / "backbone.pt"
     weights.write_bytes((finished / "backbone.pt").read_bytes())
     flags = "--epochs 1 --emb_dim 16 --gpus 0 --workers 0 --precision fp32 --batch 8".split()
     run = tmp_path / "run"
-    assert run_main("--data_root", small_data, "--out_dir", run, "--backbone_weights", weights, mode, *flags) == 0
+    assert run_main("--data_root", small_data, "--out_dir", run, flag, weights, mode, *flags) == 0
     config = json.loads((run / "config.json").read_text())["options"]
     assert config["img_size"] == 16 and "embed_dim=16,depth=1" in config["model_id"]
     assert config["mean"] == [0.485, 0.456, 0.406]
