@@ -852,6 +852,7 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
         ("--checkpoint-best-name views.png", "or one that every run has"),
         ("--output-dir {crops}", "lies inside the images"),
         ("--output-dir {one}", "is neither empty nor a run"),
+        ("--output-dir {script}", "is neither empty nor a run"),
         ("--knn-dir {one}", "classes need two"),
         ("--knn-dir {crops}/.. {empty}", "empty: holds no folders of images"),
         ("--knn-dir {single}", "one crop of each class, and each is matched with the others"),
@@ -871,11 +872,15 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
 def test_bad_input_costs_one_sentence(
     flags: str, said: str, crops: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    places = {name: tmp_path / name for name in ("empty", "one", "none", "broken", "run", "spoiled", "single")}
-    for folder in ("empty", "one", "broken"):
+    places = {
+        name: tmp_path / name for name in ("empty", "one", "none", "broken", "run", "spoiled", "single", "script")
+    }
+    for folder in ("empty", "one", "broken", "script"):
         places[folder].mkdir()
     places |= {"text": tmp_path / "text.txt", "crops": crops / "left", "export": finished / "backbone.pt"}
     places["text"].write_text("no image")
+    (places["script"] / "config.json").write_text("{}")  # a run of lct_dino3.py
+    (places["script"] / "metrics.jsonl").write_text('{"event": "epoch_end", "epoch": 1}\n')
     places["described"] = tmp_path / "described.pt"
     places["described"].with_suffix(".json").write_text("{}")
     draw_image(0, 1).save(places["one"] / "a.png")
@@ -906,7 +911,7 @@ def test_a_few_unreadable_images_are_named_and_left_out(tmp_path: Path, capsys: 
 
 
 def test_a_run_with_other_settings_or_a_foreign_checkpoint_is_refused(
-    crops: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    crops: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     assert start(crops, out, "--epochs", 1) == 0
@@ -938,6 +943,10 @@ def test_a_run_with_other_settings_or_a_foreign_checkpoint_is_refused(
     assert "resumed at epoch 1" in capsys.readouterr().out
     assert start(crops, out, "--epochs", 1, "--init-from", out / "checkpoint_best.pt", "--overwrite") == 2
     assert "holds the file of --init-from, which --overwrite would move aside" in capsys.readouterr().err
+    monkeypatch.chdir(out)
+    assert start(crops, Path(), "--epochs", 1, "--overwrite") == 2
+    assert "is the current folder, which --overwrite would move aside" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
     assert start(crops, out, "--epochs", 1, "--batch-size", 100, "--overwrite") == 2
     assert (out / "checkpoint_best.pt").exists()  # moved aside only once the new run can begin
     assert start(crops, out, "--epochs", 1, "--vit-depth", 2, "--overwrite", "--dry-run") == 0

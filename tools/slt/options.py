@@ -18,8 +18,12 @@ import torch
 from slt.models import check_geometry
 from slt.views import Augmentation
 
-MARKER_FILES = ("params.json", "metrics.jsonl", "views.png")  # any of them marks an output_dir as a run of pre-training
-FIXED_NAMES = {"params.json", "artifacts.json", "train.log", "views.png"}  # files that a run writes to output_dir
+MARKER_FILES = {
+    "params.json",
+    "artifacts.json",
+    "views.png",
+}  # any of them marks an output_dir as a run of pre-training
+FIXED_NAMES = {*MARKER_FILES, "train.log"}  # files that a run writes to output_dir
 # For some thousand crops and one CPU core; found in a study and measured in tools/README.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
@@ -234,9 +238,9 @@ def check_output(options: PretrainOptions) -> None:
     where = options.describe("output_dir")
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     sources = [path.resolve() for path in (*options.train_dir, *options.knn_dir)]
-    markers = (*MARKER_FILES, options.checkpoint_history_file)
-    is_used = output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir())
-    is_foreign = is_used and not any((output / name).exists() for name in markers)
+    names = {path.name for path in output.iterdir() if path.name[0] != "."} if output.is_dir() else set()
+    logs = {"train.log", options.checkpoint_history_file}  # all that a run killed at its start has
+    is_foreign = not names & MARKER_FILES and not names <= logs
     # fmt: off
     refusals = (
         (any(output.is_relative_to(source) for source in sources),
@@ -245,6 +249,8 @@ def check_output(options: PretrainOptions) -> None:
             "holds the images, which --overwrite would move aside", "choose another folder"),
         (options.overwrite and options.init_from is not None and options.init_from.resolve().is_relative_to(output),
             "holds the file of --init-from, which --overwrite would move aside", "choose another folder"),
+        (options.overwrite and Path.cwd().is_relative_to(output),
+            "is the current folder, which --overwrite would move aside", "start from another folder"),
         (output.exists() and not output.is_dir(), "is a file, not a folder", "choose another path"),
         (not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK),
             f"{existing} is not a folder that can be written to", "choose a folder of your own"),
@@ -257,8 +263,8 @@ def check_output(options: PretrainOptions) -> None:
     export = options.export_backbone
     if export is None:
         return
-    names = {*FIXED_NAMES, options.checkpoint_best_name, options.checkpoint_last_name, options.checkpoint_history_file}
-    taken = {output, *(output / name for name in names)}
+    checkpoints = {options.checkpoint_best_name, options.checkpoint_last_name}
+    taken = {output, *(output / name for name in FIXED_NAMES | checkpoints | logs)}
     where = options.describe("export_backbone")
     path = export.resolve()
     if export.is_dir() or path.suffix == ".json" or {path, path.with_suffix(".json")} & taken:
