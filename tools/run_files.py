@@ -104,6 +104,7 @@ class Figures:
     unseen: dict[str, Any] | None  # unseen_classes event
     started: float | None  # seconds since 1970
     ending: str  # of a run that has ended: completed, interrupted, diverged or failed
+    is_continued: bool  # a finished run that has trained on, and has not finished again
     scored: str  # the split of the scores below: test, else val
     scores: dict[str, Any]  # acc by prototypes, classifier_acc, f1_macro, auc_macro, recall_at_1
     per_class: dict[str, dict[str, Any]]  # by class name
@@ -133,6 +134,8 @@ class Run:
     @property
     def missing_test(self) -> str:
         """The reason why a page shows no single test images."""
+        if self.figures.is_continued:
+            return "The run has trained on since it was tested, and is not finished again"
         return "There is no predictions.csv in the run's folder" if self.count("test") else "No test split"
 
     @property
@@ -154,10 +157,17 @@ def read_run(folder: Path) -> Run:
     splits = read_file(folder / "splits.json", read_json) or {}
     gallery = read_file(folder / "prototypes.npz", read_arrays) or {}
     meta = json.loads(str(gallery["meta"])) if gallery else {}
+    figures = collect_figures(read_file(folder / "metrics.jsonl", read_events))
+    readers = {
+        "predictions.csv": read_predictions,
+        "predictions_by_view.csv": read_predictions,
+        "embeddings.npz": read_embeddings,
+    }
+    answers = {name: None if figures.is_continued else read_file(folder / name, read) for name, read in readers.items()}
     run = Run(
         path=folder,
         config=config,
-        figures=collect_figures(read_file(folder / "metrics.jsonl", read_events)),
+        figures=figures,
         class_names=names,
         counts={split: {name: len(splits.get(split, {}).get(name, ())) for name in names} for split in SPLIT_NAMES},
         data_report=read_file(folder / "data_report.json", read_json),
@@ -165,9 +175,9 @@ def read_run(folder: Path) -> Run:
         if gallery
         else {},
         pooled=frozenset(meta.get("pooled_thresholds", ())),
-        predictions=read_file(folder / "predictions.csv", read_predictions) or [],
-        view_predictions=read_file(folder / "predictions_by_view.csv", read_predictions) or [],
-        embeddings=read_file(folder / "embeddings.npz", read_embeddings),
+        predictions=answers["predictions.csv"] or [],
+        view_predictions=answers["predictions_by_view.csv"] or [],
+        embeddings=answers["embeddings.npz"],
         label_of={name: label for label, name in enumerate(names)},
     )
     for name, items in (("predictions.csv", run.predictions), ("predictions_by_view.csv", run.view_predictions)):
@@ -194,8 +204,13 @@ def read_json(path: Path) -> Any:
 
 
 def collect_figures(events: list[dict[str, Any]]) -> Figures:
-    """Collect the figures of a run from its events."""
+    """Collect the figures of a run from its events; those of an end after which it has trained on do not count."""
     last = {event["event"]: event for event in events}  # a later event replaces an earlier one of the same kind
+    kinds = [event["event"] for event in events]
+    num_trained = max((number for number, kind in enumerate(kinds, 1) if kind == "epoch_end"), default=0)
+    is_continued = "proto_end" in kinds[:num_trained] and "proto_end" not in kinds[num_trained:]
+    for kind in ("proto_end", "test_end", "measured", "test_views") if is_continued else ():
+        last.pop(kind, None)
     by_epoch = {event["epoch"]: event for event in events if event["event"] == "epoch_end"}
     best = last.get("best_update")
     test = last.get("test_end")
@@ -217,6 +232,7 @@ def collect_figures(events: list[dict[str, Any]]) -> Figures:
         unseen=last.get("unseen_classes"),
         started=events[0]["time"] if events else None,
         ending=events[-1].get("status", "not finished") if events else "not finished",
+        is_continued=is_continued,
         scored="test" if test else "val",
         scores=scores,
         per_class=per_class,

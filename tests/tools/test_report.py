@@ -375,6 +375,18 @@ def test_a_run_that_has_diverged_says_so(tmp_path: Path) -> None:
     assert "Diverged, no verdict yet" in make_page(run.write())
 
 
+def test_a_finished_run_that_trains_on_shows_no_older_test(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path)
+    epoch = next(event for event in run.events if event["event"] == "epoch_end")
+    end = [event for event in run.events if event["event"] in ("proto_end", "test_end", "measured", "run_end")]
+    run.events += [{"event": "resumed"}, epoch | {"epoch": 4}]
+    text = make_page(run.write())
+    assert "Not finished, no verdict yet" in text and "has trained on since it was tested" in text
+    assert read_tiles(text)["Accuracy"] == "0.600", "of val"
+    run.events += end
+    assert "Training helped" in make_page(run.write())
+
+
 def test_lost_events_leave_dashes(tmp_path: Path) -> None:
     run = MadeRun(tmp_path)
     run.events = []
