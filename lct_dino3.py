@@ -8820,6 +8820,7 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
 def run_train(config: Config) -> None:
     """Scan, split, train, export prototypes, test and report; or continue where an interrupted run stopped."""
     keep_freed_memory()
+    check_given(config)  # names what cannot be opened, before `adopt_geometry` does
     config = adopt_geometry(config)
     runtime = training_runtime(config)
     with contextlib.ExitStack() as stack:

@@ -185,6 +185,7 @@ def serve() -> None:
     """Read jobs one by one; fork a child for each, or for each of its `ranks`, and print the exit codes."""
     sys.path[:0] = [str(REPO), str(REPO / "tools")]
     module = importlib.import_module(os.environ.get("LCT_MODULE", "lct_dino3"))
+    module.BOOTSTRAP_DRAWS = 25  # of each interval, for a fifth of a small run's time is theirs
     for name in LAZY.split():
         importlib.import_module(name)
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:

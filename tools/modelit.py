@@ -156,7 +156,7 @@ class ModelitOptions(lct.Options):
     format: str | None = lct.option(None, "kind of mesh, whose ending --output gets (default: by the name of --output)", "generate",
         choices=MESH_KINDS)
     num_samples: int = lct.option(1, "shapes a prompt", "generate", low=1, high=100000)
-    latent_seed: int = lct.option(0, "of z: the same for every prompt", "generate", low=0, high=2**63 - 1)
+    latent_seed: int = lct.option(0, "of z: the same for every prompt", "generate", low=0)
     z: Path | None = lct.option(None, "z from a .npy file, (latent_dim,) or (num_samples, latent_dim)",
         "generate", metavar="FILE", file=True)
     level: float = lct.option(0.5, "probability at which the surface lies", "generate", low=0.0, high=1.0)
