@@ -235,7 +235,7 @@ class Cutter:
 
     def __call__(self, photo: Photo) -> CutPhoto:
         cut = CutPhoto(photo, None if photo.objects else [], self._inspect(photo))
-        is_cut = {record["key"] for record, _ in cut.states} == {photo.key}
+        is_cut = [record["key"] for record, _ in cut.states] == [photo.key] * len(photo.objects)
         files = sorted(record["file"] for record, _ in cut.states)
         if photo.objects and (not is_cut or files != sorted(record["file"] for record in photo.crops)):
             self._cut(cut)
@@ -249,10 +249,12 @@ class Cutter:
         states = []
         for path, versions in by_file.items():
             sound = next(filter(self._is_sound, versions), None)
+            record = sound or versions[0]
+            was_gone = record.pop("gone", False)
             if sound is not None or path.exists():
-                states.append((sound or versions[0], "sound" if sound else "edited"))
-            elif "gone" in versions[0] or not photo.was_interrupted:  # else the job never wrote it, or removed it
-                states.append(({**versions[0], "gone": True}, "gone"))
+                states.append((record, "sound" if sound else "edited"))
+            elif was_gone or not photo.was_interrupted:  # else the job never wrote it, or removed it
+                states.append(({**record, "gone": True}, "gone"))
         return states
 
     def _is_sound(self, record: dict[str, Any]) -> bool:
@@ -282,7 +284,7 @@ class Cutter:
             try:
                 cutting = geometry.cut_object(image, detection, self.box_pad, with_mask=True)
                 jpeg = encode_jpeg(cutting.pixels)
-            except (geometry.BoxError, ValueError) as error:
+            except ValueError as error:  # a BoxError, or a side longer than JPEG allows
                 cut.problems.append(Problem(photo.path, detection.get("id"), str(error)))
                 continue
             if cutting.problem:
@@ -351,15 +353,14 @@ class Change:
     removals: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)  # of cutting, then crops that a person has changed
 
-    def carry_out(self) -> None:
-        """Write the new files, then remove the old ones.
-
-        Raises:
-            UserError: a file or folder cannot be written or removed.
-        """
+    def write(self) -> None:
+        """Write the new files. Raises UserError if a file or folder cannot be written."""
         for path, data in self.writes.items():
             lct.create_out_dir(path.parent, "--out")
             lct.write_bytes(path, data)
+
+    def remove(self) -> None:
+        """Remove the old files, and the folders that are then empty. Raises UserError if a file cannot be removed."""
         for path in self.removals:
             try:
                 path.unlink(missing_ok=True)
@@ -551,8 +552,11 @@ def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> li
             entries = [{"photo": change.photo, "crops": change.records} for change in changed]
             if entries:
                 progress_log.append("".join(to_line(entry) + "\n" for entry in entries))
-            for _ in lct.map_in_threads(Change.carry_out, changed):
+            for _ in lct.map_in_threads(Change.write, changed):
                 pass
+            # After all writes: else a folder could go as empty just before a thread writes into it.
+            for change in changed:
+                change.remove()
             for change in changes:
                 records.crops[change.photo] = [to_line(record) for record in change.records]
                 problems += change.problems

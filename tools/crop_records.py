@@ -37,6 +37,7 @@ class Records:
             photo = entry["photo"]
             self.stale.setdefault(photo, []).extend(self.crops.get(photo, []))
             self.crops[photo] = [to_line(record) for record in entry["crops"]]
+            self.photo_bytes.update((photo, record["photo_bytes"]) for record in entry["crops"])
 
     def check_photos(self, images: Path, paths: Sequence[str], sizes: Sequence[int]) -> None:
         """Refuse a photo with the name of a different, earlier one, as cameras reuse names: it would take over the earlier crops.

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -476,6 +477,48 @@ def test_what_a_person_has_done_stays(photos: Path, tmp_path: Path, call_main: A
         assert fresh["file"] == "pliers/cropped/bench__b 12_4.jpg" and (out / fresh["file"]).exists()
 
 
+def test_a_crop_that_is_put_back_counts_and_one_off_the_list_is_cut_again(
+    photos: Path, tmp_path: Path, call_main: Any, capsys: Any
+) -> None:
+    source, out = write_coco(tmp_path), tmp_path / "data"
+    assert call_main(*command(photos, source, out)) == 0
+    before = read_tree(out)
+    file = out / read_records(out)[0]["file"]
+    for content, count in ((b"", "4 crops,"), (before[file.relative_to(out).as_posix()], "5 crops,")):
+        file.write_bytes(content) if content else file.unlink()
+        capsys.readouterr()
+        assert call_main(*command(photos, source, out)) == 0
+        assert count in capsys.readouterr().out
+    assert read_tree(out) == before
+    (out / "crops.jsonl").write_bytes(before["crops.jsonl"].partition(b"\n")[2])
+    file.unlink()
+    assert call_main(*command(photos, source, out)) == 0
+    assert "5 crops, 0 with a mask, 0 of no class: 1 added" in capsys.readouterr().out
+    assert all((out / record["file"]).is_file() for record in read_records(out))
+
+
+def test_a_folder_does_not_go_while_another_photo_moves_a_crop_into_it(
+    photos: Path, tmp_path: Path, call_main: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "boxes.csv", tmp_path / "data"
+    real = lct.write_bytes
+
+    def write_late(path: Path, data: bytes) -> None:
+        deadline = time.monotonic() + 0.5
+        while path.parent == out / "bolt/cropped" and path.parent.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        real(path, data)
+
+    for folders in (("nut", "bolt"), ("bolt", "nut")):
+        rows = zip(SIZES, folders, strict=True)
+        source.write_text(
+            "image,x,y,width,height,class\n" + "".join(f"{photo},9,9,50,50,{name}\n" for photo, name in rows)
+        )
+        assert call_main(*command(photos, source, out)) == 0
+        assert {record["file"].split("/")[0] for record in read_records(out)} == {"nut", "bolt"}
+        monkeypatch.setattr(lct, "write_bytes", write_late)
+
+
 def test_a_mask_that_someone_has_drawn_stays(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
     out = tmp_path / "data"
     assert call_main(*command(photos, write_coco(tmp_path), out)) == 0
@@ -537,6 +580,10 @@ def test_killed_then_corrected_nothing_is_left_of_the_first_labels(
         folder.parent.mkdir()
     code, _ = nursery.run(*command(photos, source, out), plans=[kill("lct.atomic_file", 5)])
     assert code == -9 and not (out / "crops.jsonl").exists() and any(out.rglob("*.jpg"))
+    original = (photos / "a.jpg").read_bytes()
+    draw_photo((640, 480), 99).save(photos / "a.jpg")  # the next day's a.jpg
+    assert call_main(*command(photos, source, out)) == 2
+    (photos / "a.jpg").write_bytes(original)
     content = json.loads(source.read_text())
     for item in content["annotations"]:
         item["category_id"] = 9
