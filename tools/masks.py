@@ -169,7 +169,7 @@ def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
         if num_crops[folder, crop.stem] == 1:
             names.insert(0, f"{crop.stem}_mask.png")
         targets = [root / folder / options.masks_dirname / name for name in names]
-        free = [target for target in targets if not target.exists()]
+        free = [target for target in targets if not os.path.lexists(target)]
         if free:
             requests.append(MaskRequest(path, options.data_root / path, free[0], records.image_bits))
     return requests
@@ -424,10 +424,8 @@ def judge_mask(score: float, area: float, min_score: float) -> str:
 # Drawing all masks; it can be interrupted anywhere.
 
 
-def generate_masks(
-    options: MaskOptions, runtime: lct.Runtime, requests: Sequence[MaskRequest]
-) -> dict[str, MaskOutcome]:
-    """Draw the requested masks, and return the outcome of every request by path.
+def generate_masks(options: MaskOptions, runtime: lct.Runtime, requests: Sequence[MaskRequest]) -> None:
+    """Draw the requested masks, and record the outcome of every attempt.
 
     Never touches an existing mask file, and does not retry a crop that was refused with the same settings. Each mask is on disk
     before the next crop is begun: after an interruption the next call does only the remaining crops.
@@ -435,9 +433,9 @@ def generate_masks(
     Raises:
         UserError: something is missing or does not fit together (see `check_sam2`), or a mask cannot be written.
     """
-    outcomes, jobs, settings = _plan_jobs(options, requests)
+    jobs, settings = _plan_jobs(options, requests)
     if not jobs:
-        return outcomes
+        return
     for folder in sorted({job.request.target.parent for job in jobs}):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -459,28 +457,13 @@ def generate_masks(
             log.append(json.dumps(record, ensure_ascii=False) + "\n")
             if mask is not None:
                 _write_mask(job.request.target, mask)
-            outcomes[outcome.path] = outcome
             bar.update()
-    return outcomes
 
 
-def _plan_jobs(
-    options: MaskOptions, requests: Sequence[MaskRequest]
-) -> tuple[dict[str, MaskOutcome], list[_MaskJob], str]:
-    """Return the outcomes already known, the jobs left to do, and the hash of the settings for new records."""
+def _plan_jobs(options: MaskOptions, requests: Sequence[MaskRequest]) -> tuple[list[_MaskJob], str]:
+    """Return the jobs left to do, and the hash of the settings for new records."""
     records = lct.read_mask_log(options.out_dir)
-    outcomes = {}
-    missing = []
-    for request in requests:
-        if len(os.fsencode(request.target.name)) > MAX_NAME_BYTES:
-            outcomes[request.path] = MaskOutcome(request.path, math.nan, math.nan, "the name of its mask is too long")
-        elif request.target.exists():  # drawn by an earlier call, or by someone else since it was refused
-            record = records.get(request.path)
-            was_drawn = record is not None and not record["reason"]
-            unknown = MaskOutcome(request.path, math.nan, math.nan, "")
-            outcomes[request.path] = to_outcome(record) if was_drawn else unknown
-        else:
-            missing.append(request)
+    missing = [request for request in requests if not os.path.lexists(request.target)]
     settings = _hash_settings(options) if missing else ""  # reads the whole checkpoint, which takes a second
     jobs = []
     for request in missing:
@@ -491,11 +474,10 @@ def _plan_jobs(
             job = _MaskJob(request, -1, -1)
         record = records.get(request.path)
         state = (job.size, job.mtime_ns, settings)
-        if record and record["reason"] and (record["size"], record["mtime_ns"], record["settings"]) == state:
-            outcomes[request.path] = to_outcome(record)
-        else:
+        was_refused = record is not None and record["reason"]
+        if not was_refused or (record["size"], record["mtime_ns"], record["settings"]) != state:
             jobs.append(job)
-    return outcomes, jobs, settings
+    return jobs, settings
 
 
 def to_outcome(record: dict[str, Any]) -> MaskOutcome:
@@ -515,6 +497,8 @@ def _hash_settings(options: MaskOptions) -> str:
 
 def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
     """Read a crop and resize it to the model's input, so that waiting crops are small however large the file is."""
+    if len(os.fsencode(job.request.target.name)) > MAX_NAME_BYTES:
+        return lct.ImageError("the name of its mask is too long")
     try:
         image = lct.load_image(job.request.source, job.request.image_bits)
     except lct.ImageError as error:
@@ -575,6 +559,9 @@ def preview_masks(scan: lct.Scan, out_dir: Path) -> None:
     for row, outcome in chosen + [(other_rows[i], None) for i in spread]:
         with contextlib.suppress(lct.ImageError):  # gone since the scan
             image, mask, _ = lct.load_crop(records, row, 1)
+            step = max(1, max(image.shape[:2]) // (4 * PREVIEW_SIDE))  # 60 photos of 24 megapixels would take 6 GB
+            image = image[::step, ::step].copy()
+            mask = None if mask is None else mask[::step, ::step].copy()
             score = f"   {outcome.score:.2f}" if outcome else ""
             note = outcome.reason if outcome and mask is None else ""  # no note if drawn by hand since the refusal
             items.append(MaskPreview(records.paths[row] + score, image, mask, note))

@@ -93,8 +93,10 @@ def make_requests(config: masks.MaskOptions) -> list[masks.MaskRequest]:
 def generate(
     config: masks.MaskOptions, requests: list[masks.MaskRequest] | None = None
 ) -> dict[str, masks.MaskOutcome]:
+    """Draw the masks, and return the newest outcomes on record."""
     runtime = lct.Runtime(torch.device("cpu"), 0, torch.float32)
-    return masks.generate_masks(config, runtime, make_requests(config) if requests is None else requests)
+    masks.generate_masks(config, runtime, make_requests(config) if requests is None else requests)
+    return read_outcomes(config)
 
 
 def read_outcomes(config: masks.MaskOptions) -> dict[str, masks.MaskOutcome]:
@@ -154,13 +156,12 @@ def test_masks_are_those_that_sam2_itself_draws_on_the_crop(
 
 
 def test_every_attempt_is_recorded(config: masks.MaskOptions, asked: list[bytes]) -> None:
-    outcomes = generate(config)
+    generate(config)
     records = read_lines(config)
     assert [record["path"] for record in records] == sorted(CROPS)
     status = (config.data_root / "hammer/0000.png").stat()
     assert (records[0]["size"], records[0]["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
     assert records[0]["reason"] is None and len({record["settings"] for record in records}) == 1
-    assert read_outcomes(config) == outcomes
     assert lct.read_mask_log(config.out_dir / "elsewhere") == {}
 
 
@@ -436,8 +437,7 @@ def test_masks_that_exist_are_never_touched(config: masks.MaskOptions, asked: li
     asked.clear()
     outcomes = generate(dataclasses.replace(config, mask_min_score=1.0))
     assert asked == [] and mine.read_bytes() == b"drawn by hand"
-    assert outcomes["hammer/0000.png"].reason == "" and np.isnan(outcomes["hammer/0000.png"].score)
-    assert generate(config, []) == {}
+    assert outcomes == refused == generate(config, [])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -454,14 +454,17 @@ def test_a_broken_image_costs_that_image(config: masks.MaskOptions, asked: list[
     assert [request.target.exists() for request in (broken, gone, *good)] == [False, False, True, True]
     assert read_lines(config)[0]["score"] is None, "JSON has no NaN"
     asked.clear()
-    assert str(generate(config, [broken, gone])) == str({p: outcomes[p] for p in (broken.path, gone.path)})
+    assert str(generate(config, [broken, gone])) == str(outcomes)
     assert asked == []
 
 
 def test_a_name_too_long_for_a_mask_costs_that_image(config: masks.MaskOptions, asked: list[bytes]) -> None:
+    for length in (119, 124):  # a mask of the second name cannot even be looked for
+        path = f"hammer/{'я' * length}.png"
+        draw_image(length, side=120).save(config.data_root / path)
+        masks.draw_masks(config)
+        assert read_outcomes(config)[path].reason == "the name of its mask is too long"
     request = make_requests(config)[0]
-    long = request._replace(target=request.target.with_name("я" * 123 + "_mask.png"))
-    assert generate(config, [long])[request.path].reason == "the name of its mask is too long"
     fits = request._replace(target=request.target.with_name("n" * (masks.MAX_NAME_BYTES - 4) + ".png"))
     assert generate(config, [fits])[request.path].reason == "" and fits.target.exists()
 
@@ -758,7 +761,9 @@ def test_command_masks_draws_what_is_missing_and_overwrites_nothing(
     assert len(asked) == 2, "a second start has nothing left to do"
 
 
-def test_no_draw_shows_what_there_is_without_sam2(two_missing: Path, tmp_path: Path, call_main: Callable) -> None:
+def test_no_draw_shows_what_there_is_without_sam2(
+    two_missing: Path, tmp_path: Path, call_main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside a run, whose data report stays as it is."""
     out_dir = tmp_path / "run"
     assert call_main("--data_root", two_missing, "--out_dir", out_dir, "--crop_mode", "mask", *TINY_RUN) == 0
@@ -768,6 +773,12 @@ def test_no_draw_shows_what_there_is_without_sam2(two_missing: Path, tmp_path: P
     assert call_main(*words, main=masks.main) == 2, "to draw, it needs a checkpoint"
     assert call_main(*words, "--no-draw", main=masks.main) == 0
     assert Image.open(out_dir / "masks_preview.png").height > 600
+    sheets = []
+    monkeypatch.setattr(masks, "PREVIEW_SIDE", 5)  # for crops as small as these, a photo is large
+    monkeypatch.setattr(masks, "write_masks_preview", lambda _, items, *__: sheets.append(items))
+    assert call_main(*words, "--no-draw", main=masks.main) == 0
+    assert {item.image.shape for item in sheets[0]} == {(24, 24, 3)}, "a sheet of large photos fits into memory"
+    assert {item.mask.shape for item in sheets[0]} == {(24, 24)}
     assert (out_dir / "data_report.json").read_bytes() == before and not (out_dir / "masks.jsonl").exists()
 
 
