@@ -1590,9 +1590,15 @@ def read_records(path: Path, form: Any) -> list[dict[str, Any]]:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename the folder of an old run to `<name>.old-<date>`, and return the new path. Raises UserError if it is in use."""
+    """Rename the folder of an old run to `<name>.old-<date>`, and return the new path.
+
+    Raises UserError if it is in use, or cannot be renamed, as a mount point cannot.
+    """
     refuse_if_in_use(path)
-    return path.rename(name_aside(path, "old"))
+    try:
+        return path.rename(name_aside(path, "old"))
+    except OSError as error:
+        raise UserError(f"cannot be moved aside: {error.strerror}", str(path), "choose another folder") from error
 
 
 def refuse_if_in_use(path: Path) -> None:
@@ -8883,7 +8889,7 @@ def prepare_run(
         create_out_dir(config.out_dir)
         for name in (MEMORY_NAME, SQUARES_NAME, MASK_LOG_NAME, "masks_preview.png"):  # still valid for these images
             with contextlib.suppress(FileNotFoundError):
-                (old_dir / name).rename(config.out_dir / name)
+                shutil.move(old_dir / name, config.out_dir / name)  # out_dir may have been a link to another disk
     job = dataclasses.replace(job, run=stack.enter_context(RunDirectory(config.out_dir)))
     stack.enter_context(keep_interrupted(config.out_dir))
     open_run(job, scan, notes)

@@ -1,6 +1,7 @@
 """Sections 13, 15 and 19: whole runs on small data - what they leave behind, and how they end and go on."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -337,9 +338,19 @@ def test_more_epochs_continue_a_finished_run(data: Path, tmp_path: Path, call_ma
     assert [record["epoch"] for record in epoch_records(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_overwrite_moves_the_old_run_aside(data: Path, tmp_path: Path, call_main: Main) -> None:
-    """Where there is one."""
+def test_overwrite_moves_the_old_run_aside(
+    data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is one, which may be a link to another disk."""
     assert train(call_main, data, tmp_path / "run", "--epochs", 1, "--overwrite") == 0
+    rename = os.rename
+
+    def rename_folder(source: Path, target: Path) -> None:
+        if Path(source).is_file():
+            raise OSError(errno.EXDEV, "another disk")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_folder)
     before = (tmp_path / "run" / "checkpoint_last.pth").read_bytes()
     assert train(call_main, data, tmp_path / "run", "--epochs", 2, "--overwrite", "--seed", 1) == 0
     (old,) = (path for path in tmp_path.iterdir() if path.name.startswith("run.old-"))

@@ -214,11 +214,13 @@ class Prelabels:
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each image or object that has no answer or a less certain one."""
         yield from self.detections.problems
-        for unit in self.units:
-            first = int(self.detections.borders[unit.image_index])
-            for offset, reason in self.answers.read(unit.digest)["problems"]:
+        for image_index, units in itertools.groupby(self.units, key=operator.attrgetter("image_index")):
+            first = int(self.detections.borders[image_index])
+            # All units of an image say so if it cannot be read, or if its size is doubtful.
+            problems = dict.fromkeys(tuple(row) for unit in units for row in self.answers.read(unit.digest)["problems"])
+            for offset, reason in problems:
                 detection_id = None if offset < 0 else self.detection(first + offset).get("id")
-                yield Problem(self.detections.paths[unit.image_index], detection_id, reason)
+                yield Problem(self.detections.paths[image_index], detection_id, reason)
 
     def detection(self, index: int) -> dict[str, Any]:
         """Return an object as it was in the detections."""

@@ -254,7 +254,7 @@ class DetectionDataset(Dataset):
             doubt = geometry.check_size(size, claimed_size, objects)
         except geometry.BoxError as error:
             return [], CutUnit(unit, (0, 0), [], [(-1, str(error))])
-        cut = CutUnit(unit, size, [], [(-1, doubt)] if doubt and unit.first == start else [])
+        cut = CutUnit(unit, size, [], [(-1, doubt)] if doubt else [])
         crops = (self._cut_object(image, index, cut) for index in range(unit.first, unit.last))
         return [crop for crop in crops if crop is not None], cut
 
@@ -362,12 +362,13 @@ def label_photos(options: PrelabelOptions) -> None:
         lct.show(f"the old labels are moved to {old}")
         lct.create_out_dir(options.out, "--out")
         with contextlib.suppress(FileNotFoundError):  # the answers stay valid: only the labels are written anew
-            (old / ANSWERS_NAME).rename(options.out / ANSWERS_NAME)
+            shutil.move(old / ANSWERS_NAME, options.out / ANSWERS_NAME)  # --out may have been a link to another disk
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         for pattern in ("", "*/", "coco/annotations/"):  # leftovers of a job killed while writing
             for leftover in options.out.glob(f"{pattern}.*.[0-9]*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                is_folder = leftover.is_dir() and not leftover.is_symlink()
+                shutil.rmtree(leftover) if is_folder else leftover.unlink()
         for note in detections.notes:
             lct.show(note)
         lct.show(

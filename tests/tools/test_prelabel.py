@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import html
 import importlib.util
 import json
@@ -857,6 +858,35 @@ def test_corrections_are_never_written_over(
     assert "may hold corrections" in refuse(call_main, capsys, *words)
 
 
+def test_a_folder_of_labels_may_be_a_link_to_another_disk_or_a_mount_point(
+    finished_run: Path,
+    scene: Scene,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    call_main: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = command(finished_run, scene.folder, tmp_path / "out", scene.write_coco(tmp_path / "coco.json"))
+    assert call_main(*words) == 0
+    rename = os.rename
+    refused = {".progress.jsonl": errno.EXDEV}
+
+    def refuse_rename(source: Path, target: Path) -> None:
+        if Path(source).name in refused:
+            raise OSError(refused[Path(source).name], "refused")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_rename)
+    capsys.readouterr()
+    assert call_main(*words, "--overwrite") == 0
+    assert "4 of 4 images are answered already" in capsys.readouterr().out
+    (tmp_path / "out" / "yolo").rename(tmp_path / "ssd")
+    (tmp_path / "out" / "yolo").symlink_to(tmp_path / "ssd")
+    assert call_main(*words) == call_main(*words) == 0
+    refused["out"] = errno.EBUSY
+    assert "cannot be moved aside" in refuse(call_main, capsys, *words, "--overwrite")
+
+
 def test_label_studio_is_explained_in_three_steps_that_fit_the_tasks(
     finished_run: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
 ) -> None:
@@ -923,6 +953,10 @@ def test_an_image_with_very_many_objects_is_answered_in_parts(
     assert len((tmp_path / "out" / "yolo" / "labels" / "00000.txt").read_text().splitlines()) == 600
     lines = (tmp_path / "out" / ".progress.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 3
+    (tmp_path / "images" / "00000.jpg").write_bytes(b"broken")
+    assert call_main(*command(finished_run, tmp_path / "images", tmp_path / "broken", source)) == 2
+    problems = json.loads((tmp_path / "broken" / "problems.json").read_text())
+    assert [problem["detection"] for problem in problems] == [None], "one photo is one problem"
 
 
 def clip_to(box: list[float], width: int, height: int) -> list[float]:
