@@ -27,6 +27,7 @@ from torch import nn
 TOLERANCE = 1e-4  # largest difference of cosines between PyTorch and the exported file
 # Bytes of the metadata key in each format, by which an earlier export is recognised.
 EXPORT_MARKS = {"onnx": b"\n\tlct_dino3\x12", "safetensors": b'{"__metadata__":{"lct_dino3":'}
+MAX_ONNX_BYTES = 2_000_000_000  # of weights: a protobuf, and so an ONNX file, has less than 2 GiB
 OPSET = 18  # the oldest that torch exports
 MIN_ONNXRUNTIME = "1.14"  # the first that reads OPSET
 NUM_CROPS = 32  # most references that an export is checked on
@@ -204,6 +205,10 @@ def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict
         remedy = "pip install onnx onnxscript onnxruntime"
         raise lct.UserError(f"needs the package {error.name}", "--format onnx", remedy) from error
     model = ExportedModel(run).cpu().eval()
+    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if num_bytes > MAX_ONNX_BYTES:
+        problem = f"has {num_bytes:,} bytes of weights, more than one ONNX file holds"
+        raise lct.UserError(problem, f"--run {run.path}", "give --format safetensors")
     crops = references.crops
     example = torch.from_numpy(crops[:2] if len(crops) > 1 else np.repeat(crops, 2, axis=0))
     for package in ("torch.onnx", "onnxscript"):

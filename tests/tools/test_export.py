@@ -286,8 +286,8 @@ def test_safetensors_holds_every_weight_and_what_rebuilds_the_model(
     assert str(run_dir.parent).encode() not in path.read_bytes(), "where the run lay is nobody's business"
 
 
-def test_a_folder_for_a_file_and_crops_that_are_gone_cost_one_sentence(
-    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+def test_a_folder_for_a_file_crops_that_are_gone_and_a_model_too_large_cost_one_sentence(
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call_main("export", "--run", run_dir, "--out", tmp_path) == 2
     assert "is a folder" in capsys.readouterr().err
@@ -295,3 +295,6 @@ def test_a_folder_for_a_file_and_crops_that_are_gone_cost_one_sentence(
     place = ("--data_root", tmp_path / "empty", "--out", tmp_path / "m.onnx")
     assert call_main("export", "--run", run_dir, *place) == 2
     assert "--data_root" in capsys.readouterr().err
+    monkeypatch.setattr(export, "MAX_ONNX_BYTES", 1000)  # a ViT-H+ has 3.4 GB
+    assert call_main("export", "--run", run_dir, "--out", tmp_path / "m.onnx") == 2
+    assert "give --format safetensors" in capsys.readouterr().err
