@@ -11,6 +11,8 @@ an interrupted demo. The demo starts the script as a command, without importing 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -221,14 +223,28 @@ def parse_command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, 
 
 
 def draw_once(folder: Path, content: str, draw: Callable[[Path], None]) -> None:
-    """Draw the content of a folder unless the folder exists; it gets its name only when the drawing is complete."""
+    """Draw the content of a folder unless the folder exists; it gets its name only when the drawing is complete.
+
+    Raises SystemExit if it cannot be written.
+    """
     if folder.exists():
         return
     show(f"drawing {content} into {folder}")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    draw(unfinished)
-    unfinished.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        parent = os.open(folder.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(parent, fcntl.LOCK_EX)  # waits for another demo that draws here
+        if not folder.exists():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            draw(unfinished)
+            unfinished.rename(folder)
+        os.close(parent)
+    except OSError as error:
+        remedy = "start the demo in a folder of your own, or name other folders (--help)"
+        print(f"error: {folder}: cannot be written: {error.strerror}\n  {remedy}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def show(text: str) -> None:

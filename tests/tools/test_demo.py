@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import demo
@@ -240,6 +241,26 @@ def test_what_training_refuses_ends_the_demo_with_its_message_and_code(tmp_path:
     done = run_cli(*QUICK, "--epocs", "2", cwd=tmp_path)
     assert done.returncode == 2 and "--epocs" in done.stderr and "--epochs" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "demo" / "prelabels").exists()
+
+
+def test_a_place_that_cannot_be_written_ends_the_demo_with_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_bytes(b"a file")
+    done = run_cli(*QUICK, cwd=tmp_path)
+    assert done.returncode == 2 and "demo/data: cannot be written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_demos_at_once_draw_once(tmp_path: Path) -> None:
+    drawn = []
+
+    def draw(folder: Path) -> None:
+        folder.mkdir()
+        time.sleep(0.2)
+        (folder / "crop.jpg").write_bytes(b"crop")
+        drawn.append(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: demo.draw_once(tmp_path / "data", "tools", draw), range(2)))
+    assert len(drawn) == 1 and (tmp_path / "data" / "crop.jpg").exists()
 
 
 @pytest.mark.parametrize("until", ["drawing", "epoch   1"])
