@@ -160,7 +160,8 @@ class AnswerFile:
                 with contextlib.suppress(ValueError, RecursionError):  # the unit of a damaged line is answered again
                     record = json.loads(line)
                     lct.check_form(record, ANSWER_FORM)
-                    self._starts[record["unit"]] = start
+                    if 0 not in record["size"]:  # else it is tried again: a permission changes neither size nor mtime
+                        self._starts[record["unit"]] = start
                 start += len(line)
         return True
 

@@ -822,6 +822,26 @@ def test_interrupted_and_started_again_it_goes_on(
     assert "answered already" not in again("--box_pad", "0.1", "--formats", "csv")  # other settings: afresh
 
 
+def test_an_image_that_could_not_be_read_is_tried_again(
+    finished_run: Path, scene: Scene, tmp_path: Path, call_main: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A permission changes neither its size nor its time."""
+    words = command(finished_run, scene.folder, tmp_path / "out", scene.write_coco(tmp_path / "coco.json"))
+    read_file = lct.read_file
+
+    def refuse_one(path: Path) -> bytes:
+        if path.name == "plain.png":
+            raise lct.ImageError("Permission denied")
+        return read_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lct, "read_file", refuse_one)
+        assert call_main(*words) == 0
+    assert "plain.png" not in {row["image"] for row in read_rows(tmp_path / "out")}
+    assert call_main(*words) == 0
+    assert "plain.png" in {row["image"] for row in read_rows(tmp_path / "out")}
+
+
 def test_corrections_are_never_written_over(
     finished_run: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
 ) -> None:
