@@ -8505,7 +8505,7 @@ def measure_enrolment(
         is_known_test = ~head.is_unseen & is_test
         for scores, is_new, is_right in zip(*head.enrolled[num_crops], strict=True):
             is_accepted = is_test & is_new & (scores >= threshold)
-            figures["new"].append(is_right[head.is_unseen].mean())
+            figures["new"].append(mean_of_defined(is_right[head.is_unseen].astype(float)))
             figures["old"].append(is_right[is_known_test].mean())
             figures["before"].append(head.is_right[is_known_test].mean())
             is_found = (is_right & is_accepted)[is_test & head.is_unseen]

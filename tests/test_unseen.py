@@ -159,6 +159,18 @@ def test_where_there_is_too_little_nothing_is_measured() -> None:
     assert lct.measure_unseen(lct.Job(job.config, small, job.runtime, None, job.info), few) == ({}, {})
 
 
+@pytest.mark.filterwarnings("error")
+def test_left_out_classes_without_a_val_or_test_image_are_no_figure_and_no_warning() -> None:
+    job = make_job()
+    features = draw_features(job, 0.5)
+    folds = np.random.default_rng((job.config.seed, 9)).permutation(NUM_CLASSES) % lct.UNSEEN_FOLDS
+    for split in ("val", "test"):
+        features[split] = features[split].take(folds[features[split].labels] != 1)
+    figures, _ = lct.measure_unseen(job, features)
+    assert figures["images"] == len(features["val"].rows) + len(features["test"].rows)
+    assert all(0 < row["new"] <= 1 for row in figures["enrolment"])
+
+
 def test_the_baseline_of_the_verdict_is_the_best_on_val() -> None:
     """Here another one is better on test, by luck: choosing there would be unfair to training."""
     job = make_job()
