@@ -7928,7 +7928,7 @@ class Clock:
         return event
 
     def pace(self) -> dict[str, float]:
-        """Return images/s of this process and the share of time spent waiting for data; the device must have finished its work."""
+        """Return images/s of all ranks and the share of time spent waiting for data; the device must have finished its work."""
         is_cuda = self.device.type == "cuda"
         waited = sum(start.elapsed_time(end) / 1000 if is_cuda else end - start for start, end in self.waits)
         seconds = max(time.monotonic() - self.started, 1e-9)
