@@ -6691,7 +6691,8 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     bins = reliability(probability, np.append(is_right, np.zeros(len(unknown_scores), bool)), is_known)
     matchers = [name for name in MATCHER_NAMES if name != "prototypes" or gallery.most_prototypes > 1]
     retrieval = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
-    support = np.bincount(test.labels, minlength=num_classes)
+    images = np.unique(test.rows, return_index=True)[1]  # with --crop_mode mix, an image has two views
+    support = np.bincount(test.labels[images], minlength=num_classes)
     figures = {
         "closed": {matcher: closed_set(matcher) for matcher in matchers},
         "retrieval": mean_intervals(test.rows, **retrieval),
@@ -7361,11 +7362,14 @@ def find_enrolment_figures(gallery: Gallery, num_crops: int) -> dict[str, Any] |
 
 def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
     """Return one sentence for each named class that is hard to tell from another, and one if few references face many."""
-    counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
+    # One view of each crop: the nearest to it would be its other view.
+    crops = np.sort(np.unique(np.array(gallery.stack_paths, object), return_index=True)[1])
+    references, labels = gallery.stacks[crops], gallery.stack_labels[crops]
+    counts = np.bincount(labels, minlength=len(gallery.class_names))
     sentences = []
     for label in map(gallery.class_names.index, names):
-        nearest, _ = nearest_others(gallery.stacks, np.flatnonzero(gallery.stack_labels == label))
-        neighbours = gallery.stack_labels[nearest] if counts[label] > 1 else np.zeros(0, np.int64)  # one alone has none
+        nearest, _ = nearest_others(references, np.flatnonzero(labels == label))
+        neighbours = labels[nearest] if counts[label] > 1 else np.zeros(0, np.int64)  # one alone has none
         num_taken = np.bincount(neighbours[neighbours != label], minlength=len(counts))
         similarity = gallery.centroids @ gallery.centroids[label]
         similarity[label] = -1.0

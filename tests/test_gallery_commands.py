@@ -291,7 +291,7 @@ def test_a_collision_counts_the_crops_whose_nearest_other_reference_is_of_that_c
     gallery = lct.Gallery(
         class_names=("a", "b", "c"), centroids=(centroids := lct.class_centroids(values, labels, 3)),
         prototypes=centroids, prototype_labels=np.arange(3), stacks=values,
-        stack_labels=labels, stack_paths=("",) * 11, stack_views=np.zeros(11, np.uint8),
+        stack_labels=labels, stack_paths=tuple("abcdefghijk"), stack_views=np.zeros(11, np.uint8),
         thresholds=np.full(3, 2.0, np.float32), matcher="centroid", knn_counts=np.ones(3, np.int64), temperature=0.1,
         is_pooled=np.zeros(3, bool), is_enrolled=np.zeros(3, bool), offsets=np.zeros(3, np.float32),
         log_odds=np.zeros((3, 2)),
@@ -309,6 +309,12 @@ def test_a_collision_counts_the_crops_whose_nearest_other_reference_is_of_that_c
             twin = gallery.class_names[counts.argmax()]
             reason = f"{counts.max()} of its {(labels == label).sum()} crops are nearer to a crop of that class"
             assert sentences[0].startswith(f"{name} is hard to tell from {twin}: {reason}")
+    views = np.repeat(np.arange(11), 2)  # two of each crop, which lie beside each other
+    twofold = dict(
+        stacks=values[views], stack_labels=labels[views], stack_paths=tuple(gallery.stack_paths[i] for i in views)
+    )
+    both = lct.dataclasses.replace(gallery, **twofold)
+    assert lct.find_collisions(both, gallery.class_names) == lct.find_collisions(gallery, gallery.class_names)
     assert lct.find_collisions(gallery, ["a"]), "the crop of it beside one of `b`"
     close = lct.dataclasses.replace(gallery, thresholds=np.full(3, -1.0, np.float32))
     assert len(lct.find_collisions(close, ["a", "b", "c"])) == 3, "centroids above the thresholds"

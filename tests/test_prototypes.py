@@ -356,6 +356,14 @@ def test_where_no_image_was_taken_for_an_enrolled_class_nothing_is_known() -> No
     assert set(gallery.enrolment) == {"5"} and lct.find_enrolment_figures(gallery, 1) == gallery.enrolment["5"]
 
 
+def test_a_class_of_few_test_images_is_named_whatever_their_views() -> None:
+    train, images = make_embedded(9, 0), make_embedded(lct.FEW_IMAGES - 1, 1)
+    gallery = lct.build_gallery(make_records(36), train, images, lct.Config())
+    gallery = lct.calibrate(gallery, images, 0.95, None, {}, torch.float32)
+    both_views = lct.concatenate_embedded([images, images._replace(views=images.views + np.uint8(1))])
+    assert lct.measure_gallery(gallery, both_views)["few"] == list(gallery.class_names)
+
+
 def test_a_class_taken_out_is_scored_by_the_others() -> None:
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
     val = make_embedded(10, 1)
