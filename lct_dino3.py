@@ -7191,9 +7191,10 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     """Return the gallery with more references, of its classes or of new ones; nothing is trained.
 
     Labels of the added crops index `names`, rows index `paths`. Each class that gets crops has the mean of all its references as
-    centroid. Old classes keep their thresholds; a new one gets that of `measure_unseen` for as many crops, or the highest of the
-    others. Scores of its crops among each other say too little: they are few, and the crops to compare them with are of training
-    classes, which the model separates too well. With a new class, a gallery that chose nearest references matches by centroids.
+    centroid. Trained classes keep their thresholds; an enrolled one gets that of `measure_unseen` for as many crops as it has now,
+    or the highest of the others. Scores of its crops among each other say too little: they are few, and the crops to compare them
+    with are of training classes, which the model separates too well. With a new class, a gallery that chose nearest references
+    matches by centroids.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
@@ -7211,20 +7212,25 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     centroids = np.concatenate([gallery.centroids, np.zeros((num_new, stacks.values.shape[1]), np.float32)])
     centroids[changed] = class_centroids(stacks.values, stacks.labels, num_classes)[changed]
     median_count = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
-    new_counts = count_nearest(np.bincount(stacks.labels, minlength=num_classes)[num_old:], median_count, gallery.knn_k)
+    counts = count_nearest(np.bincount(stacks.labels, minlength=num_classes), median_count, gallery.knn_k)
+    knn_counts = np.append(gallery.knn_counts, np.ones(num_new, np.int64))
+    thresholds = np.append(gallery.thresholds, np.full(num_new, gallery.thresholds.max(), np.float32))
+    trained_odds = gallery.log_odds[np.argmin(gallery.is_enrolled)]
+    log_odds = np.concatenate([gallery.log_odds, np.tile(trained_odds, (num_new, 1))])
+    is_enrolled = np.append(gallery.is_enrolled, np.ones(num_new, bool))
+    offsets = np.where(is_enrolled, enrolment_offsets(gallery.spreads, stacks, num_classes), np.float32(0))
     prototypes = [gallery.prototypes[rows] for rows in rows_by_class(gallery.prototype_labels, num_classes)]
     class_rows = rows_by_class(stacks.labels, num_classes)
     for label in changed.tolist():  # as many prototypes a class as before
         values = stacks.values[class_rows[label]]
         prototypes[label] = mean_of_clusters(values, gallery.most_prototypes, centroids[label])
-    is_enrolled = np.append(gallery.is_enrolled, np.ones(num_new, bool))
-    offsets = np.where(is_enrolled, enrolment_offsets(gallery.spreads, stacks, num_classes), np.float32(0))
-    thresholds = np.full(num_new, gallery.thresholds.max(), np.float32)
-    log_odds = np.tile(gallery.log_odds[np.argmin(gallery.is_enrolled)], (num_new, 1))  # those of the trained classes
-    for label in range(num_old, num_classes):
-        if measured := find_enrolment_figures(gallery, len(np.unique(added.rows[added.labels == label]))):
-            thresholds[label - num_old] = measured["threshold"]
-            log_odds[label - num_old] = measured["log_odds"]
+        if not is_enrolled[label]:
+            continue
+        knn_counts[label] = counts[label]
+        crops = {stack_paths[row] for row in stacks.rows[class_rows[label]].tolist()}
+        if measured := find_enrolment_figures(gallery, len(crops)):
+            thresholds[label] = measured["threshold"]
+            log_odds[label] = measured["log_odds"]
     return dataclasses.replace(
         take_prototypes(gallery, prototypes),
         class_names=class_names,
@@ -7233,11 +7239,11 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
         stack_labels=stacks.labels,
         stack_paths=tuple(stack_paths[row] for row in stacks.rows.tolist()),
         stack_views=stacks.views,
-        thresholds=np.append(gallery.thresholds, thresholds),
+        thresholds=thresholds,
         is_enrolled=is_enrolled,
         offsets=offsets,
-        log_odds=np.concatenate([gallery.log_odds, log_odds]),
-        knn_counts=np.append(gallery.knn_counts, new_counts),
+        log_odds=log_odds,
+        knn_counts=knn_counts,
         is_pooled=np.append(gallery.is_pooled, np.ones(num_new, bool)),
     )
 
@@ -7331,9 +7337,11 @@ def take_prototypes(gallery: Gallery, prototypes: Sequence[np.ndarray]) -> Galle
 
 
 def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
-    """Return one sentence for each newly enrolled class: its threshold, and the precision of such thresholds on test images."""
+    """Return one sentence for each named class that was enrolled: its threshold, and the precision of such ones on test images."""
     sentences = []
     for label in map(gallery.class_names.index, names):
+        if not gallery.is_enrolled[label]:
+            continue
         crops = set(itertools.compress(gallery.stack_paths, gallery.stack_labels == label))
         measured = find_enrolment_figures(gallery, len(crops))
         figures = measured and measured["figures"]
@@ -8724,7 +8732,6 @@ def run_prototypes(config: PrototypesOptions) -> None:
         show(format_gallery(load_gallery(path)[0]))
         return
     added_names: Sequence[str] = ()
-    new_names: list[str] = []
     read_run_config(config.run)  # refuses a folder that holds no run before a lock file is written into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
         if config.remove is None and config.add is None:
@@ -8736,15 +8743,14 @@ def run_prototypes(config: PrototypesOptions) -> None:
             gallery = remove_class(run.gallery, config.remove)
         elif config.add is not None:
             gallery, added_names = add_classes(run, config)
-            new_names = [name for name in added_names if name not in run.gallery.class_names]
         if gallery is None:
             return
         back_up_gallery(path, {*gallery.class_names, config.remove}, show)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
-    if new_names and gallery.matcher != run.gallery.matcher:
+    if added_names and gallery.matcher != run.gallery.matcher:
         show("classes are matched by their centroids now: nearest references hardly find those that have few")
-    for sentence in describe_enrolled(gallery, new_names):
+    for sentence in describe_enrolled(gallery, added_names):
         show(sentence)
     for sentence in find_collisions(gallery, added_names):
         show(f"warning: {sentence}")

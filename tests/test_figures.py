@@ -890,6 +890,27 @@ def test_an_enrolled_class_has_the_threshold_and_the_odds_that_heads_without_som
     assert_threshold(Run(tmp_path / "run").gallery["thresholds"][5], scores, least_threshold(scores, is_right, 0.6))
 
 
+def test_crops_of_an_enrolled_class_that_come_later_count_as_if_they_had_come_at_once(
+    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    run, rng = runs("plain"), np.random.default_rng(0)
+    (tmp_path / "new" / "tongs").mkdir(parents=True)
+    galleries = []
+    for name, numbers in (("twice", range(1)), ("twice", range(1, 5)), ("once", ())):
+        if not (tmp_path / name).exists():
+            shutil.copytree(run.folder, tmp_path / name)
+        for number in numbers:
+            draw_confusable(0.5, 6, rng, spread=0.0)[0].save(tmp_path / "new" / "tongs" / f"{number}.png")
+        command = ("prototypes", "--run", tmp_path / name, "--add", tmp_path / "new", "--gpus", 0, "--workers", 0)
+        assert call_main(*command) == 0
+        galleries.append(Run(tmp_path / name).gallery)
+    assert capsys.readouterr().out.count("threshold of tongs, 5 crops: ") == 2
+    first, twice, once = galleries
+    assert first["thresholds"][5] != once["thresholds"][5]
+    for name in ("thresholds", "log_odds", "knn_counts", "offsets", "centroids"):
+        np.testing.assert_allclose(twice[name], once[name], atol=1e-6, err_msg=name)
+
+
 def test_a_best_checkpoint_that_is_gone_is_found_again_among_those_of_its_own_epoch(
     runs: Callable[[str], Run], tmp_path: Path, call_main: Callable
 ) -> None:

@@ -151,8 +151,8 @@ FAULTS = {
         "test_figures.py -k masks_stay",
     ),
     "a new class takes every stranger": Fault(
-        'thresholds[label - num_old] = measured["threshold"]',
-        "thresholds[label - num_old] = 0.0",
+        'thresholds[label] = measured["threshold"]',
+        "thresholds[label] = 0.0",
         "test_figures.py -k enrolled_class",
     ),
     "singles ignore what groups fill": Fault(
