@@ -472,11 +472,18 @@ class EvaluateOptions(RunOptions):
     """Measure a finished run on its own test or val images, or on another labelled folder."""
 
     data_root: Path | None = same_option("data_root")
-    split: str = option("test", "images of the run to judge", "run", choices=("test", "val"))
+    split: str = option(
+        "test", "images of the run to judge; beside --data_root, which holds them now", "run", choices=("test", "val")
+    )
     unknown_dir: Path | None = option(None, "images of no class, to measure with", "data", metavar="DIR", folder=True)
     class_map: Path | None = same_option("class_map")
     exclude: tuple[str, ...] = same_option("exclude")
     masks_out: Path | None = same_option("masks_out")
+
+    @property
+    def is_of_run(self) -> bool:
+        """Whether the run's own images are measured: without --data_root, or with --split, which another folder does not have."""
+        return self.data_root is None or "split" in self.origins
 
 
 @dataclass(frozen=True)
@@ -8650,7 +8657,9 @@ def run_evaluate(config: EvaluateOptions) -> None:
             strangers = np.concatenate([strangers, unknown.values])
         figures = measure_gallery(run.gallery, known, strangers if len(strangers) else None)
         source = str((config.data_root or run.config.data_root).resolve())
-        write_json(run.path / "evaluation.json", {"data": source, "images": len(np.unique(known.rows)), **figures})
+        split = config.split if config.is_of_run else None
+        measured = {"data": source, "split": split, "images": len(np.unique(known.rows)), **figures}
+        write_json(run.path / "evaluation.json", measured)
         if num_seen := count_references(embedded, run.gallery):
             images = f"{num_seen:,} of {count_of(len(np.unique(embedded.rows)), 'image')}"
             show(f"warning: {images} are references of the gallery: the figures are better than those of new images")
@@ -8661,18 +8670,27 @@ def run_evaluate(config: EvaluateOptions) -> None:
 
 def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, np.ndarray]:
     """Scan the images that the run is measured on, print which they are, and return the records and the rows to use."""
-    if config.data_root is None:
-        records = scan_run_data(run, choose_options(run.config, config))
+    names = run.gallery.class_names
+    if config.is_of_run:
+        options = choose_options(run.config, config)
+        try:
+            check_existing(options, "data_root")
+        except UserError as error:
+            remedy = f"give --split {config.split} --data_root PATH, where it is now"
+            raise UserError(error.what, error.where, remedy) from error
+        records = scan_run_data(run, options)
         rows = records.rows(config.split)
+        # Those of classes that were removed are no strangers: the run was trained on them.
+        rows = rows[np.isin(np.array(records.class_names)[records.labels[rows]], names)]
         if not len(rows):
             remedy = "give --split val, or --data_root DIR"
             raise UserError(f"has no {config.split} images", f"--run {run.path}", remedy)
-        show(f"{config.split} images of {run.config.data_root}")
+        show(f"{config.split} images of {options.data_root}")
         return records, rows
     records = scan_for_run(run, config.data_root, config).records
-    names = run.gallery.class_names
-    foreign = [name for name in records.class_names if name not in names]
-    num_known = len(records.class_names) - len(foreign)
+    present = [records.class_names[label] for label in np.unique(records.labels).tolist()]
+    foreign = [name for name in present if name not in names]
+    num_known = len(present) - len(foreign)
     class_map = run.config.class_map and shlex.quote(str(run.config.class_map))
     given = {"class_map": class_map, "exclude": " ".join(map(shlex.quote, run.config.exclude))}
     flags = [f"--{name} {value}" for name, value in given.items() if value and not getattr(config, name)]

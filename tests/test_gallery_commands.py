@@ -57,7 +57,29 @@ def test_evaluate_repeats_the_figures_of_the_run(run_dir: Path, call_main: Main)
     assert call_main("evaluate", "--run", run_dir, "--split", "val", *QUIET) == 0
     splits = json.loads((run_dir / "splits.json").read_text(encoding="utf-8"))
     num_val = sum(map(len, splits["val"].values()))
-    assert json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))["images"] == num_val
+    of_val = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    assert (of_val["images"], of_val["split"]) == (num_val, "val") and again["split"] == "test"
+
+
+def test_evaluate_finds_the_images_of_a_split_where_they_are_now(
+    run_dir: Path, trained: tuple[Path, Path], tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
+) -> None:
+    """Without those of a class that was taken out, which is neither known nor strange."""
+    moved = shutil.copytree(trained[0], tmp_path / "moved")
+    command = ("evaluate", "--run", run_dir, "--split", "test", "--data_root", moved, *QUIET)
+    assert call_main(*command) == 0
+    again = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    measured = next(event for event in lct.read_events(run_dir) if event["event"] == "measured")
+    assert again["closed"] == measured["closed"] and again["data"] == str(moved)
+    assert f"test images of {moved}" in capsys.readouterr().out
+    assert call_main("prototypes", "--run", run_dir, "--remove", "axe", *QUIET) == 0
+    assert call_main(*command) == 0
+    fewer = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    splits = json.loads((run_dir / "splits.json").read_text(encoding="utf-8"))
+    assert fewer["images"] == again["images"] - len(splits["test"]["axe"]) and "unknown_passed" not in fewer
+    splits["test"] = {"axe": splits["test"]["axe"]}
+    (run_dir / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
+    assert call_main(*command) == 2 and "has no test images" in capsys.readouterr().err
 
 
 def test_evaluate_takes_another_folder_and_its_foreign_classes_are_unknown(
@@ -78,6 +100,7 @@ def test_evaluate_takes_another_folder_and_its_foreign_classes_are_unknown(
     assert call_main("evaluate", "--run", run_dir, "--data_root", other, *QUIET) == 0
     assert "warning: 2 of 16 images are references of the gallery" in capsys.readouterr().out
     only_foreign = new_class(tmp_path / "foreign", "stranger", 9)
+    (only_foreign / "axe").mkdir()  # a class without images is none to measure
     assert call_main("evaluate", "--run", run_dir, "--data_root", only_foreign, *QUIET) == 2
     error = capsys.readouterr().err
     assert "no class of the gallery" in error and hint in error

@@ -150,7 +150,7 @@ def test_data_that_have_moved_are_named_by_file_and_key_with_the_flag_that_helps
 ) -> None:
     where = run_dir / "config.json"
     for name, command, help_words in (
-        ("data_root", ("evaluate",), ("--data_root", tiny_run / "data")),
+        ("data_root", ("evaluate",), ("--split", "test", "--data_root", tiny_run / "data")),
         ("data_root", ("prototypes",), ("--data_root", tiny_run / "data")),
         ("class_map", ("prototypes",), ("--class_map", "none")),
         ("unknown_dir", ("prototypes",), ("--unknown_dir", "none")),
@@ -160,7 +160,8 @@ def test_data_that_have_moved_are_named_by_file_and_key_with_the_flag_that_helps
         words = (*command, "--run", run_dir, *QUIET)
         text = told(*words)
         assert (
-            text.startswith(f"error: {where}: {name} {tmp_path / 'gone'}: does not exist") and f"--{name} PATH" in text
+            text.startswith(f"error: {where}: {name} {tmp_path / 'gone'}: does not exist")
+            and f"give {' '.join(help_words[:-1]) if command == ('evaluate',) else f'--{name}'} PATH" in text
         )
         assert call_main(*words, *help_words) == 0
     set_options(run_dir, unknown_dir=None)
