@@ -6658,10 +6658,10 @@ def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray)
     return slope, fitted.intercept_.item() - slope * mean
 
 
-def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None = None) -> dict[str, Any]:
+def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None = None) -> dict[str, Any]:
     """Measure how a gallery will do in production, on test queries of known classes that no choice was based on.
 
-    `unknown` (U, D) are vectors of objects of no class; without them, classes are held out in turn.
+    `unknown` are vectors of objects of no class, whose labels do not count; without them, classes are held out in turn.
 
     Returns:
         Figures as {value, interval}. closed: acc and f1_macro by `centroid`, by `knn`, and by `prototypes` if a class has several;
@@ -6692,7 +6692,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     if unknown is None:
         unknown_answers, unknown_scores = answer_without_class(gallery.scores, test)
     else:
-        unknown_answers, unknown_scores = gallery.answer(unknown)
+        unknown_answers, unknown_scores = gallery.answer(unknown.values)
     probability = gallery.probability(np.append(answers, unknown_answers), np.append(scores, unknown_scores))
     is_known = np.arange(len(probability)) < len(scores)
     bins = reliability(probability, np.append(is_right, np.zeros(len(unknown_scores), bool)), is_known)
@@ -6715,7 +6715,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: np.ndarray | None
     }
     if unknown is not None:
         passed = unknown_scores >= gallery.thresholds[unknown_answers]
-        figures |= mean_intervals(np.arange(len(passed)), unknown_passed=passed)
+        figures |= mean_intervals(unknown.rows, unknown_passed=passed)
     return figures
 
 
@@ -7472,12 +7472,13 @@ def best_score(scores: np.ndarray) -> np.ndarray:
 
 
 def open_set_figures(
-    score: Scorer, known: Embedded, unknown: np.ndarray | None, confide: Callable[..., np.ndarray] = best_score
+    score: Scorer, known: Embedded, unknown: Embedded | None, confide: Callable[..., np.ndarray] = best_score
 ) -> dict[str, Any]:
     """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` computes from scores (n, C) of queries.
 
-    `unknown` (U, D) are queries of no class. If None, each fold of the classes in turn leaves the gallery, its queries count as
-    unknown, and figures are means over the folds. The embedder was trained on those classes: real unknown objects are harder.
+    `unknown` are queries of no class. If None, each fold of the classes in turn leaves the gallery, its queries count as unknown,
+    and figures are means over the folds. The embedder was trained on those classes: real unknown objects are harder. `unknowns`
+    counts their images.
     """
 
     def hold_out(scores: np.ndarray, _: slice) -> tuple[np.ndarray, ...]:
@@ -7485,17 +7486,21 @@ def open_set_figures(
         return tuple(confide(scores[:, fold_of_class != fold]) for fold in range(min(HELD_OUT_FOLDS, scores.shape[1])))
 
     if unknown is not None:
-        queries = (known.values, unknown)
+        queries = (known.values, unknown.values)
         confidences = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
-        is_unknown = np.arange(len(known.rows) + len(unknown)) >= len(known.rows)
-        images = np.append(known.rows, 1 + known.rows.max(initial=0) + np.arange(len(unknown)))
+        is_unknown = np.arange(len(known.rows) + len(unknown.rows)) >= len(known.rows)
+        images = np.append(known.rows, 1 + known.rows.max(initial=0) + unknown.rows)
         figures = measure_unknown(images, [(np.concatenate(confidences), ~is_unknown, is_unknown)])
-        return figures | {"unknowns": len(unknown), "source": "images of no class", "trained_on_them": False}
+        return figures | {
+            "unknowns": len(np.unique(unknown.rows)),
+            "source": "images of no class",
+            "trained_on_them": False,
+        }
     is_held_out = [known.labels % HELD_OUT_FOLDS == fold for fold in range(HELD_OUT_FOLDS)]
     folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
     figures = measure_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds])
     source = "classes held out in turn, on which it was trained"
-    return figures | {"unknowns": len(known.labels), "source": source, "trained_on_them": True}
+    return figures | {"unknowns": len(np.unique(known.rows)), "source": source, "trained_on_them": True}
 
 
 def measure_unknown(
@@ -8651,11 +8656,10 @@ def run_evaluate(config: EvaluateOptions) -> None:
         label_of = {name: label for label, name in enumerate(run.gallery.class_names)}
         labels = np.array([label_of.get(name, -1) for name in records.class_names])[embedded.labels]
         known = embedded._replace(labels=labels).take(labels >= 0)
-        # The run's own images of classes that were removed are no strangers: it was trained on them.
-        strangers = embedded.values[:0] if config.data_root is None else embedded.values[labels < 0]
+        strangers = embedded.take(labels < 0)
         if unknown is not None:
-            strangers = np.concatenate([strangers, unknown.values])
-        figures = measure_gallery(run.gallery, known, strangers if len(strangers) else None)
+            strangers = concatenate_embedded([strangers, unknown._replace(rows=unknown.rows + len(records.paths))])
+        figures = measure_gallery(run.gallery, known, strangers if len(strangers.rows) else None)
         source = str((config.data_root or run.config.data_root).resolve())
         split = config.split if config.is_of_run else None
         measured = {"data": source, "split": split, "images": len(np.unique(known.rows)), **figures}
@@ -9235,7 +9239,7 @@ def measure_run(
         return {"features": features, "embeddings": embedded, "vectors": gallery.fusion.fuse(features, embedded)}
 
     known = represent(features["test"])
-    strangers = {kind: vectors.values for kind, vectors in represent(unknown).items()} if unknown is not None else {}
+    strangers = represent(unknown) if unknown is not None else {}
     backbone = "fine-tuned" if job.config.trains_backbone else "frozen"
     methods: dict[str, tuple[str, Callable, Callable]] = {
         f"{backbone} backbone, nearest centroid": ("features", simple["centroid"], best_score),

@@ -792,6 +792,7 @@ def test_two_views_of_an_image_are_one_image_in_the_intervals(
     shutil.copytree(run.options["data_root"], tmp_path / "data")
     for path in (tmp_path / "data").glob("*/cropped/*.png"):
         mask.save(path.parents[1] / "masks" / f"{path.stem}_mask.png")
+    shutil.copytree(tmp_path / "data" / "hammer", tmp_path / "data" / "of no class")
     shutil.copytree(run.folder, tmp_path / "run")
     command = ("evaluate", "--run", tmp_path / "run", "--data_root", tmp_path / "data", "--gpus", 0, "--workers", 0)
     assert call_main(*command) == 0
@@ -800,6 +801,9 @@ def test_two_views_of_an_image_are_one_image_in_the_intervals(
         accuracy, (low, high) = (written["closed"][matcher]["acc"][key] for key in ("value", "interval"))
         expected = 2 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 300)
         assert written["images"] == 300 and (high - low) / expected == pytest.approx(1, abs=0.14)
+    passed, (low, high) = (written["unknown_passed"][key] for key in ("value", "interval"))
+    expected = 2 * 1.96 * math.sqrt(passed * (1 - passed) / 60)
+    assert written["open_set"]["unknowns"] == 60 and (high - low) / expected == pytest.approx(1, abs=0.14)
 
 
 # --- splits

@@ -153,7 +153,8 @@ def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
     def figures(scores: np.ndarray, unknown: np.ndarray | None = None) -> tuple[float, float]:
         labels = np.arange(len(scores))
         queries = lct.Embedded(labels, labels, labels, scores)
-        found = lct.open_set_figures(lambda own: own, queries, unknown)
+        strangers = None if unknown is None else lct.Embedded(*[np.arange(len(unknown))] * 3, unknown)
+        found = lct.open_set_figures(lambda own: own, queries, strangers)
         assert found["auroc"]["interval"][0] <= found["auroc"]["value"] <= found["auroc"]["interval"][1]
         return found["auroc"]["value"], found["fpr95"]["value"]
 
