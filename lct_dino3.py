@@ -8612,6 +8612,10 @@ MASK_FLAGS = (
     "data_root out_dir class_map exclude data_fraction near_dup_bits val_split test_split splits image_bits group_regex seed"
     " masks_dirname masks_out sam2_cfg sam2_ckpt gpus workers precision debug"
 ).split()
+# Options of training that the command prototypes can change afterwards.
+GALLERY_OPTIONS = (
+    "unknown_dir target_precision max_refs_per_class prototypes_per_class matcher match_features"
+).split()
 
 
 def run_scan(config: Config) -> None:
@@ -8744,30 +8748,30 @@ def format_measures(figures: dict[str, Any]) -> str:
 def run_prototypes(config: PrototypesOptions) -> None:
     """Rebuild a run's gallery, print it, enrol classes from a few crops, or remove a class; keep the old file beside the new."""
     check_given(config)
-    if sum((config.list, config.add is not None, config.remove is not None)) > 1:
-        raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
+    action = choose_action(config)
     keep_freed_memory()
     path = config.run / "prototypes.npz"
-    if get_rank() and (config.list or config.remove is not None):
+    removed = config.remove and unicodedata.normalize("NFC", config.remove)
+    if get_rank() and action in ("--list", "--remove"):
         return
-    if config.list:
+    if action == "--list":
         show(format_gallery(load_gallery(path)[0]))
         return
     added_names: Sequence[str] = ()
     read_run_config(config.run)  # refuses a folder that holds no run before a lock file is written into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
-        if config.remove is None and config.add is None:
+        if not action:
             gallery, meta = rebuild_gallery(config)
         else:
             run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
             meta = run.meta
-        if config.remove is not None:
-            gallery = remove_class(run.gallery, config.remove)
-        elif config.add is not None:
+        if action == "--remove":
+            gallery = remove_class(run.gallery, removed)
+        elif action == "--add":
             gallery, added_names = add_classes(run, config)
         if gallery is None:
             return
-        back_up_gallery(path, {*gallery.class_names, config.remove}, show)
+        back_up_gallery(path, {*gallery.class_names, removed}, show)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
     if added_names and gallery.matcher != run.gallery.matcher:
@@ -8777,6 +8781,24 @@ def run_prototypes(config: PrototypesOptions) -> None:
     for sentence in find_collisions(gallery, added_names):
         show(f"warning: {sentence}")
     show(f"written: {path}")
+
+
+def choose_action(config: PrototypesOptions) -> str:
+    """Return --list, --add or --remove, '' for a new gallery. Raises UserError for two of them, or an option without effect."""
+    given = {"--list": config.list, "--add": config.add is not None, "--remove": config.remove is not None}
+    actions = [flag for flag, is_given in given.items() if is_given]
+    if len(actions) > 1:
+        raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
+    if not actions:
+        return ""
+    idle = [name for name in GALLERY_OPTIONS if name in config.origins]
+    if idle and (actions, idle) != (
+        ["--add"],
+        ["target_precision"],
+    ):  # which `add_classes` compares with that of the gallery
+        remedy = f"leave it out, or make the gallery anew with it first, without {actions[0]}"
+        raise UserError(f"has no effect beside {actions[0]}", ", ".join(map(config.flag, idle)), remedy)
+    return actions[0]
 
 
 def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str, Any]]:
@@ -8800,8 +8822,7 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
 
 def choose_options(trained: Config, typed: RunOptions) -> Config:
     """Return the run's options with those replaced that this command may set, of the gallery and the location of the data."""
-    names = {"data_root", "masks_out", "class_map", "unknown_dir"}
-    names |= {"target_precision", "max_refs_per_class", "prototypes_per_class", "matcher", "match_features"}
+    names = {"data_root", "masks_out", "class_map", *GALLERY_OPTIONS}
     given = {name: getattr(typed, name) for name in names & typed.origins.keys()}
     return dataclasses.replace(trained, origins={**trained.origins, **typed.origins}, **given)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_a_class_that_collides_is_named_with_its_twin(
 
 
 def test_a_class_is_removed_and_a_wrong_name_is_corrected(
-    run_dir: Path, call_main: Main, capsys: pytest.CaptureFixture
+    run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
     before, _ = lct.load_gallery(run_dir / "prototypes.npz")
     assert call_main("prototypes", "--run", run_dir, "--remove", "clmp", *QUIET) == 2
@@ -206,6 +207,10 @@ def test_a_class_is_removed_and_a_wrong_name_is_corrected(
     assert gallery.class_names == ("axe", "bit", "drill")
     assert np.array_equal(gallery.stacks, before.stacks[before.stack_labels != 2])
     assert gallery.stack_labels.max() == 2 and np.array_equal(gallery.thresholds, before.thresholds[[0, 1, 3]])
+    assert call_main("prototypes", "--run", run_dir, "--add", new_class(tmp_path / "more", "кий", 9), *QUIET) == 0
+    capsys.readouterr()
+    assert call_main("prototypes", "--run", run_dir, "--remove", unicodedata.normalize("NFD", "кий"), *QUIET) == 0
+    assert "warning" not in capsys.readouterr().out, "it is no other name, and nothing has to be added again"
 
 
 def test_list_shows_each_class_and_writes_nothing(
@@ -280,6 +285,7 @@ def test_with_several_prototypes_a_class_enrolling_and_removing_keep_them_apart(
         (("prototypes", "--run", "RUN", "--prototypes_per_class", "many"), "'many' is none of auto, 1"),
         (("prototypes", "--run", "RUN", "--list", "--remove", "axe"), "one thing at a time"),
         (("prototypes", "--run", "RUN", "--add", "nowhere"), "does not exist"),
+        (("prototypes", "--run", "RUN", "--remove", "axe", "--no-match_features"), "has no effect beside --remove"),
         (("evaluate", "--run", "nowhere"), "does not exist"),
         (("evaluate", "--run", "RUN", "--unknown_dir", "nowhere"), "does not exist"),
     ],
