@@ -8973,6 +8973,11 @@ def plan_run(
             more = "more --epochs" if epoch >= config.epochs else f"a --patience above {config.patience}"
             show(f"the run in {config.out_dir} is finished: {epoch} epochs, see {config.out_dir / 'report.html'}")
             show(f"to train on, give {more}; to start afresh, --overwrite")
+            flags = {f"--{name}" for name in GALLERY_OPTIONS}
+            late = [note for note in describe_changes(config, scan.fingerprint) if note.split()[0] in flags]
+            if late:
+                command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.out_dir))}"
+                show("\n".join([*late, f"for a gallery made with that, give it to {command}"]))
             if not (config.out_dir / "report.html").is_file():
                 show(f"to have its report, python {SCRIPT_NAME} report {shlex.quote(str(config.out_dir))}")
             return None

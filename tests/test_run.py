@@ -245,7 +245,13 @@ def test_the_test_figures_are_those_of_the_exported_gallery(run: Path, data: Pat
 def test_running_again_says_finished_and_changes_nothing(run: Path, data: Path, call_main: Main, capsys: Any) -> None:
     before = snapshot(run)
     assert train(call_main, data, run, "--epochs", 4, "--save_every", 2, "--preview") == 0
-    assert "is finished" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is finished" in said and "prototypes --run" not in said
+    assert train(call_main, data, run, "--epochs", 4, "--save_every", 2, "--preview", "--target_precision", 0.6) == 0
+    said = capsys.readouterr().out
+    assert (
+        "--target_precision was 0.95 at the last start and is 0.6 now\n" in said and f"prototypes --run {run}\n" in said
+    )
     assert snapshot(run) == before
 
 
