@@ -6683,6 +6683,8 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
             return {"f1_macro": mean_of_defined(f1)}
 
         figures |= with_intervals(f1_macro, test.rows)
+        if figures["acc"]["value"] in (0.0, 1.0):  # all draws agree
+            figures["f1_macro"]["interval"] = figures["acc"]["interval"]
         return figures | ({"k": gallery.knn_k} if matcher == "knn" else {})
 
     def above(thresholds: np.ndarray | float) -> dict[str, Any]:
@@ -8584,6 +8586,9 @@ def judge_training(
     num_better, num_worse = int((gains > 0).sum()), int((gains < 0).sum())
     p_value = binomtest(num_better, num_better + num_worse).pvalue if num_better + num_worse else 1.0
     gain = with_intervals(lambda drawn: {"gain": gains[drawn].mean()}, np.arange(len(gains)))["gain"]
+    if not gains.any():  # all draws agree: the interval is that of the share of images answered differently
+        bound = mean_intervals(np.arange(len(gains)), differing=gains)["differing"]["interval"][1]
+        gain["interval"] = [-bound, bound]
     low, high = (100 * bound for bound in gain["interval"])
     outcome = "no measurable difference"
     caveat = ""

@@ -364,6 +364,17 @@ def test_a_class_of_few_test_images_is_named_whatever_their_views() -> None:
     assert lct.measure_gallery(gallery, both_views)["few"] == list(gallery.class_names)
 
 
+def test_where_all_answers_are_right_or_wrong_the_f1_is_no_surer_than_the_accuracy() -> None:
+    train, val = make_embedded(9, 0, spread=0.01), make_embedded(9, 1, spread=0.01)
+    gallery = lct.calibrate(
+        lct.build_gallery(make_records(36), train, val, lct.Config()), val, 0.95, None, {}, torch.float32
+    )
+    for labels, value in ((val.labels, 1.0), ((val.labels + 1) % 4, 0.0)):
+        for figures in lct.measure_gallery(gallery, val._replace(labels=labels))["closed"].values():
+            low, high = figures["f1_macro"]["interval"]
+            assert figures["f1_macro"]["value"] == value and high - low == pytest.approx(3.84 / (36 + 3.84), abs=1e-3)
+
+
 def test_a_class_taken_out_is_scored_by_the_others() -> None:
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
     val = make_embedded(10, 1)

@@ -151,9 +151,7 @@ FAULTS = {
         "test_figures.py -k masks_stay",
     ),
     "a new class takes every stranger": Fault(
-        'thresholds[label] = measured["threshold"]',
-        "thresholds[label] = 0.0",
-        "test_figures.py -k enrolled_class",
+        'thresholds[label] = measured["threshold"]', "thresholds[label] = 0.0", "test_figures.py -k enrolled_class"
     ),
     "singles ignore what groups fill": Fault(
         "np.maximum(targets[label] - assigned[label], 0)", "targets[label]", "test_wiring.py -k single_images"
