@@ -8498,6 +8498,10 @@ def score_by_regression(job: Job, features: Embedded) -> Scorer:
 
     order = np.random.default_rng((job.config.seed, 4)).permutation(len(features.labels))
     chosen = np.sort(order[:LOGREG_MAX_IMAGES])
+    present = np.unique(features.labels[chosen])
+    if len(present) < 2:  # those of all other classes cannot be read any more; sklearn refuses to fit one
+        logits_of_one = np.where(np.arange(len(job.records.class_names)) == present, 0.0, -np.inf)
+        return lambda queries: np.tile(logits_of_one, (len(queries), 1))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fit that has not converged in 1000 iterations is still a baseline
@@ -9222,6 +9226,9 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     if any(event.get("status") == "completed" for event in read_events(run.path)):
         back_up_gallery(run.path / "prototypes.npz", records.class_names, run.log)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
+    counts = np.bincount(gallery.stack_labels, minlength=len(records.class_names))
+    if bare := list(itertools.compress(records.class_names, counts == 0)):
+        run.log(f"warning: without a readable training image, and never recognised: {', '.join(bare)}")
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
     matched = {"matcher": gallery.matcher, "knn_k": gallery.knn_k, "temperature": gallery.temperature}
     run.event("proto_end", **sizes, **matched, feature_weight=gallery.fusion.weight)

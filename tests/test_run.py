@@ -404,6 +404,26 @@ def test_an_image_that_vanishes_during_the_run_costs_that_image(
     assert lct.read_events(tmp_path / "run")[-1]["status"] == "completed"
 
 
+def test_a_class_whose_training_images_vanish_is_named_and_costs_the_class(
+    tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two classes one is left, which no logistic regression can be fitted on."""
+    root = make_dataset(tmp_path / "data", {"a": 12, "b": 12})
+    open_run = lct.open_run
+
+    def lose_a_class(job: lct.Job, *rest: Any) -> None:
+        open_run(job, *rest)
+        for row in job.records.rows("train")[job.records.labels[job.records.rows("train")] == 1].tolist():
+            (root / job.records.paths[row]).unlink()
+
+    monkeypatch.setattr(lct, "open_run", lose_a_class)
+    assert train(call_main, root, tmp_path / "run", "--epochs", 1, "--cache_crops", 0) == 0
+    log = (tmp_path / "run" / "train.log").read_text("utf-8")
+    assert "without a readable training image, and never recognised: b\n" in log
+    baseline = next(event for event in lct.read_events(tmp_path / "run") if event["event"] == "baseline_end")
+    assert baseline["test"]["logreg_acc"] == 0.5
+
+
 def test_without_a_test_split_there_is_no_test(data: Path, tmp_path: Path, call_main: Main) -> None:
     assert train(call_main, data, tmp_path / "run", "--epochs", 1, "--test_split", 0) == 0
     events = [event["event"] for event in lct.read_events(tmp_path / "run")]
