@@ -5768,18 +5768,20 @@ def precision_threshold(
 
 
 def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return the means of the scores (N,), 0 to 1, that are not NaN, with intervals as in `with_intervals`.
-
-    If all images have 0, or all have 1, all draws agree, and the interval is Wilson's (1927) for a proportion.
-    """
+    """Return the means of the scores (N,), 0 to 1, that are not NaN, with intervals as in `with_intervals`."""
     figures = with_intervals(
         lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in scores.items()}, images
     )
     for name, values in scores.items():
         if figures[name]["value"] in (0.0, 1.0):
-            width = 1.96**2 / (len(np.unique(images[~np.isnan(values)])) + 1.96**2)
-            figures[name]["interval"] = [1 - width, 1.0] if figures[name]["value"] else [0.0, width]
+            figures[name]["interval"] = interval_of_agreement(figures[name]["value"], images[~np.isnan(values)])
     return figures
+
+
+def interval_of_agreement(value: float, images: np.ndarray) -> list[float]:
+    """Return Wilson's (1927) interval of a proportion that is 0 or 1 over images (N,), of which all draws agree."""
+    width = 1.96**2 / (len(np.unique(images)) + 1.96**2)
+    return [1 - width, 1.0] if value else [0.0, width]
 
 
 def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray) -> dict[str, dict[str, Any]]:
@@ -7521,7 +7523,12 @@ def measure_unknown(
         ]
         return {name: mean_of_defined(np.array([metrics[name] for metrics in per_fold])) for name in per_fold[0]}
 
-    return with_intervals(mean_of_folds, images)
+    figures = with_intervals(mean_of_folds, images)
+    groups = [images[np.any([fold[i] for fold in folds], axis=0)] for i in (1, 2)]
+    for figure in figures.values():
+        if figure["value"] in (0.0, 1.0):
+            figure["interval"] = interval_of_agreement(figure["value"], min(groups, key=len))
+    return figures
 
 
 # ======================================================================================================================
@@ -8591,7 +8598,7 @@ def judge_training(
     p_value = binomtest(num_better, num_better + num_worse).pvalue if num_better + num_worse else 1.0
     gain = with_intervals(lambda drawn: {"gain": gains[drawn].mean()}, np.arange(len(gains)))["gain"]
     if not gains.any():  # all draws agree: the interval is that of the share of images answered differently
-        bound = mean_intervals(np.arange(len(gains)), differing=gains)["differing"]["interval"][1]
+        bound = interval_of_agreement(0.0, np.arange(len(gains)))[1]
         gain["interval"] = [-bound, bound]
     low, high = (100 * bound for bound in gain["interval"])
     outcome = "no measurable difference"
