@@ -7202,10 +7202,10 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     """Return the gallery with more references, of its classes or of new ones; nothing is trained.
 
     Labels of the added crops index `names`, rows index `paths`. Each class that gets crops has the mean of all its references as
-    centroid. Trained classes keep their thresholds; an enrolled one gets that of `measure_unseen` for as many crops as it has now,
-    or the highest of the others. Scores of its crops among each other say too little: they are few, and the crops to compare them
-    with are of training classes, which the model separates too well. With a new class, a gallery that chose nearest references
-    matches by centroids.
+    centroid; the direction of images that --max_refs_per_class has left out is kept. Trained classes keep their thresholds; an
+    enrolled one gets that of `measure_unseen` for as many crops as it has now, or the highest of the others. Scores of its crops
+    among each other say too little: they are few, and the crops to compare them with are of training classes, which the model
+    separates too well. With a new class, a gallery that chose nearest references matches by centroids.
     """
     class_names = (*gallery.class_names, *(name for name in names if name not in gallery.class_names))
     num_classes = len(class_names)
@@ -7221,7 +7221,10 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     stack_paths = (*gallery.stack_paths, *paths)
     changed = np.unique(added.labels)
     centroids = np.concatenate([gallery.centroids, np.zeros((num_new, stacks.values.shape[1]), np.float32)])
-    centroids[changed] = class_centroids(stacks.values, stacks.labels, num_classes)[changed]
+    old_sums = sum_by_class(gallery.stacks, gallery.stack_labels, num_old)
+    weighted = np.linalg.norm(old_sums, axis=1, keepdims=True) * gallery.centroids
+    values, labels = np.concatenate([weighted, added.values]), np.append(np.arange(num_old), added.labels)
+    centroids[changed] = class_centroids(values, labels, num_classes)[changed]
     median_count = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
     counts = count_nearest(np.bincount(stacks.labels, minlength=num_classes), median_count, gallery.knn_k)
     knn_counts = np.append(gallery.knn_counts, np.ones(num_new, np.int64))

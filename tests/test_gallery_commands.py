@@ -162,6 +162,20 @@ def test_more_crops_of_a_known_class_move_its_centroid_and_no_threshold(
     moved = np.abs(gallery.centroids - before.centroids).max(axis=1) > 1e-6
     assert moved.tolist() == [False, True, False, False]
     assert len(gallery.stacks) == len(before.stacks) + 5
+    mean = gallery.stacks[gallery.stack_labels == 1].mean(axis=0)
+    np.testing.assert_allclose(gallery.centroids[1], mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_crops_added_to_a_class_of_limited_references_do_not_replace_the_images_left_out(
+    run_dir: Path, tmp_path: Path, call_main: Main
+) -> None:
+    assert call_main("prototypes", "--run", run_dir, "--max_refs_per_class", 2, *QUIET) == 0
+    before, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    assert call_main("prototypes", "--run", run_dir, "--add", new_class(tmp_path / "more", "bit", 1, 1), *QUIET) == 0
+    gallery, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    first, second, added = gallery.stacks[gallery.stack_labels == 1]
+    mean = np.linalg.norm(first + second) * before.centroids[1] + added
+    np.testing.assert_allclose(gallery.centroids[1], mean / np.linalg.norm(mean), atol=1e-6)
 
 
 def test_crops_that_the_run_is_judged_on_are_said_to_be_so(
