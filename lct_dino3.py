@@ -7529,7 +7529,7 @@ def measure_unknown(
     figures = with_intervals(mean_of_folds, images)
     groups = [images[np.any([fold[i] for fold in folds], axis=0)] for i in (1, 2)]
     for figure in figures.values():
-        if figure["value"] in (0.0, 1.0):
+        if figure["interval"] in ([0.0, 0.0], [1.0, 1.0]):
             figure["interval"] = interval_of_agreement(figure["value"], min(groups, key=len))
     return figures
 

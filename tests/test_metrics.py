@@ -166,6 +166,14 @@ def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
     assert figures(scores, np.full((4, 3), 0.75))[1] == 1.0
 
 
+def test_a_figure_that_draws_of_images_change_keeps_their_interval() -> None:
+    """The unknown object lies between two known ones, and above the threshold only if the lowest of these is drawn."""
+    known, unknown = np.arange(8) >= 1, np.arange(8) < 1
+    confidences = np.array([0.5, 0.4, *[0.9] * 6])
+    figures = lct.measure_unknown(np.arange(8), [(confidences, known, unknown)])
+    assert figures["fpr95"] == {"value": 1.0, "interval": [0.0, 1.0]}
+
+
 def test_unknown_objects_are_told_in_each_fold_as_scikit_learn_says() -> None:
     rng = np.random.default_rng(0)
     images = np.arange(60) // 2
