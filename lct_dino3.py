@@ -7419,13 +7419,16 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
 
 
 def remove_class(gallery: Gallery, name: str) -> Gallery:
-    """Return the gallery without one class. Raises UserError if it has no such class, or if only one class would remain."""
+    """Return the gallery without one class. Raises UserError if it has no such class, or the rest is too little to match."""
     if name not in gallery.class_names:
         remedy = did_you_mean(name, gallery.class_names, f"it has {', '.join(gallery.class_names[:8])}")
         raise UserError(f"there is no class {printable(name)}", "--remove", remedy)
     if len(gallery.class_names) <= 2:
         raise UserError("would leave one class only", f"--remove {name}", "a gallery needs two")
     label = gallery.class_names.index(name)
+    if np.delete(gallery.is_enrolled, label).all():
+        problem = "is the last class that the run was trained on: the scores of enrolled ones are relative to such"
+        raise UserError(problem, f"--remove {name}", "train a run with the classes that are left")
     keep_masks = {  # by the letter of an array's first axis
         "C": np.arange(len(gallery.class_names)) != label,
         "P": gallery.prototype_labels != label,
@@ -8811,10 +8814,9 @@ def choose_action(config: PrototypesOptions) -> str:
     if not actions:
         return ""
     idle = [name for name in GALLERY_OPTIONS if name in config.origins]
-    if idle and (actions, idle) != (
-        ["--add"],
-        ["target_precision"],
-    ):  # which `add_classes` compares with that of the gallery
+    if (actions, idle) == (["--add"], ["target_precision"]):
+        return "--add"  # `add_classes` compares it with that of the gallery
+    if idle:
         remedy = f"leave it out, or make the gallery anew with it first, without {actions[0]}"
         raise UserError(f"has no effect beside {actions[0]}", ", ".join(map(config.flag, idle)), remedy)
     return actions[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import unicodedata
@@ -214,6 +215,9 @@ def test_a_class_is_removed_and_a_wrong_name_is_corrected(
     run_dir: Path, tmp_path: Path, call_main: Main, capsys: pytest.CaptureFixture
 ) -> None:
     before, _ = lct.load_gallery(run_dir / "prototypes.npz")
+    late = dataclasses.replace(before, is_enrolled=np.array([True, True, True, False]))
+    with pytest.raises(lct.UserError, match="drill: is the last class that the run was trained on"):
+        lct.remove_class(late, "drill")
     assert call_main("prototypes", "--run", run_dir, "--remove", "clmp", *QUIET) == 2
     assert "did you mean clamp?" in capsys.readouterr().err
     assert call_main("prototypes", "--run", run_dir, "--remove", "clamp", *QUIET) == 0
