@@ -5774,11 +5774,11 @@ def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[s
     )
     for name, values in scores.items():
         if figures[name]["value"] in (0.0, 1.0):
-            figures[name]["interval"] = interval_of_agreement(figures[name]["value"], images[~np.isnan(values)])
+            figures[name]["interval"] = wilson_interval(figures[name]["value"], images[~np.isnan(values)])
     return figures
 
 
-def interval_of_agreement(value: float, images: np.ndarray) -> list[float]:
+def wilson_interval(value: float, images: np.ndarray) -> list[float]:
     """Return Wilson's (1927) interval of a proportion that is 0 or 1 over images (N,), of which all draws agree."""
     width = 1.96**2 / (len(np.unique(images)) + 1.96**2)
     return [1 - width, 1.0] if value else [0.0, width]
@@ -7533,7 +7533,7 @@ def measure_unknown(
     groups = [images[np.any([fold[i] for fold in folds], axis=0)] for i in (1, 2)]
     for figure in figures.values():
         if figure["interval"] in ([0.0, 0.0], [1.0, 1.0]):
-            figure["interval"] = interval_of_agreement(figure["value"], min(groups, key=len))
+            figure["interval"] = wilson_interval(figure["value"], min(groups, key=len))
     return figures
 
 
@@ -8604,7 +8604,7 @@ def judge_training(
     p_value = binomtest(num_better, num_better + num_worse).pvalue if num_better + num_worse else 1.0
     gain = with_intervals(lambda drawn: {"gain": gains[drawn].mean()}, np.arange(len(gains)))["gain"]
     if not gains.any():  # all draws agree: the interval is that of the share of images answered differently
-        bound = interval_of_agreement(0.0, np.arange(len(gains)))[1]
+        bound = wilson_interval(0.0, np.arange(len(gains)))[1]
         gain["interval"] = [-bound, bound]
     low, high = (100 * bound for bound in gain["interval"])
     outcome = "no measurable difference"

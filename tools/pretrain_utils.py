@@ -426,9 +426,8 @@ def finish_epoch(job: Job, state: State, figures: dict[str, float], collapse: st
     """Record and save an epoch. The loss never chooses the best one, because a collapsed run has a low loss as well."""
     metric = job.identity["chosen_by"]
     job.run.event("epoch_end", epoch=state.epoch, step=state.step, **figures, collapse=collapse or None)
-    if (
-        not state.best or figures[metric] >= state.best["value"]
-    ):  # of equal ones the latest: a few crops reach 1.0 at once
+    # Of equal epochs the latest: a few crops reach 1.0 at once.
+    if not state.best or figures[metric] >= state.best["value"]:
         save_best(job, state, figures[metric])
     save_last(job, state)
 

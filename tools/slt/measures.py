@@ -56,9 +56,8 @@ def pixel_features(images: torch.Tensor) -> np.ndarray:
 def colour_features(images: torch.Tensor) -> np.ndarray:
     """Return the joint colour histograms of uint8 images (N, 3, H, W), float32 (N, COLOUR_BINS ** 3)."""
     counts = []
-    for bins in images.flatten(2) // (
-        256 // COLOUR_BINS
-    ):  # one image at a time: cells take eight times the memory of pixels
+    # One image at a time: cells take eight times the memory of pixels.
+    for bins in images.flatten(2) // (256 // COLOUR_BINS):
         cells = np.ravel_multi_index(tuple(bins.numpy()), (COLOUR_BINS,) * 3)
         counts.append(np.bincount(cells, minlength=COLOUR_BINS**3))
     shares = np.stack(counts) / images[0, 0].numel()

@@ -18,11 +18,8 @@ import torch
 from slt.models import check_geometry
 from slt.views import Augmentation
 
-MARKER_FILES = {
-    "params.json",
-    "artifacts.json",
-    "views.png",
-}  # any of them marks an output_dir as a run of pre-training
+# Any of them marks an output_dir as a run of pre-training.
+MARKER_FILES = {"params.json", "artifacts.json", "views.png"}
 FIXED_NAMES = {*MARKER_FILES, "train.log"}  # files that a run writes to output_dir
 # For some thousand crops and one CPU core; found in a study and measured in tools/README.md.
 PRESETS: dict[str, dict[str, Any]] = {
