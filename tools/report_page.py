@@ -85,7 +85,7 @@ def view_header(run: Run) -> dict[str, Any]:
         coverage = figures.measured["thresholds"]["coverage"]["value"]
         note = (
             f"{capitalize(note)}. Test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)."
-            f" The thresholds give a class to {coverage:.3f} of them, and `unknown` to the others."
+            f" The thresholds give a class to {coverage:.3f} of them; the others are unknown."
         )
     elif not figures.test:
         note = "The figures below are of the val split, which also chose the best epoch: expect less on new data."
