@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import geometry
-from crop_records import PROGRESS_NAME, RECORDS_NAME, Records, list_files, parse_number, read_lines, to_line
+from crop_records import PROGRESS_NAME, RECORDS_NAME, Records, hash_file, list_files, parse_number, read_lines, to_line
 from label_objects import LabelError, Problem, find_class_name
 from labels import read_labels
 from photos import find_photo_bits
@@ -106,13 +106,14 @@ class Photo(NamedTuple):
     """A photo, the objects in it, and its earlier crops."""
 
     path: str  # relative to --images
-    num_bytes: int
+    stamp: tuple[int, int]  # size in bytes, mtime in ns
     claimed: tuple[int, int]  # width and height that the labels claim; 0 = no claim
     objects: list[tuple[str, str]]  # JSON for `geometry.cut_object`, class
     key: str  # hash of everything that the crops depend on
     crops: list[dict[str, Any]]  # records of `crops.jsonl`
     stale: list[dict[str, Any]]  # records that an interrupted job was replacing
     was_interrupted: bool  # the files may not have been written
+    digest: str = ""  # SHA-256 of the file, once it is cut
 
 
 @dataclass
@@ -120,7 +121,7 @@ class Labelled:
     """The photos that the labels name, and their objects."""
 
     paths: list[str]
-    num_bytes: list[int]
+    stamps: list[tuple[int, int]]  # size in bytes, mtime in ns
     claimed: list[tuple[int, int]]
     objects: list[list[tuple[str, str]]]  # for each photo: JSON, class
     folders: dict[str, str]  # class -> name of its folder
@@ -167,12 +168,12 @@ def read_labelled(options: CropOptions) -> Labelled:
         if earlier != name:
             problem = f"has the classes {earlier!r} and {name!r}, whose crops would go to one folder {folder}"
             raise lct.UserError(problem, options.describe("labels"), "rename one of them in the labels")
-    num_bytes = lct.stat_files(options.images, paths)[:, 0].tolist()
+    stamps = list(map(tuple, lct.stat_files(options.images, paths).tolist()))
     ignored = [(kind, count) for kind, count in tree.ignored.most_common() if kind not in LABEL_SUFFIXES]
     counts = ", ".join(f"{count:,} {kind}" for kind, count in ignored[:MAX_SHOWN])
     notes = [*labels.notes, *([lct.printable(f"passed over, as they are no images: {counts}")] if ignored else [])]
     unknown = {unicodedata.normalize("NFC", name) for name in options.unknown}
-    return Labelled(paths, num_bytes, labels.sizes, objects, folders, unknown, problems, notes)
+    return Labelled(paths, stamps, labels.sizes, objects, folders, unknown, problems, notes)
 
 
 def name_folder(class_name: str) -> str:
@@ -191,13 +192,13 @@ def name_folder(class_name: str) -> str:
 
 def plan_photos(options: CropOptions, labelled: Labelled, records: Records) -> Iterator[Photo]:
     """Yield each photo that the labels name, with its objects in the labels and its earlier crops."""
-    rows = zip(labelled.paths, labelled.num_bytes, labelled.claimed, labelled.objects, strict=True)
-    for path, num_bytes, claimed, objects in rows:
+    rows = zip(labelled.paths, labelled.stamps, labelled.claimed, labelled.objects, strict=True)
+    for path, stamp, claimed, objects in rows:
         crops = [json.loads(text) for text in records.crops.get(path, ())]
         stale = [json.loads(text) for text in records.stale.get(path, ())]
         unknown = [name in labelled.unknown for _, name in objects]
-        key = lct.fingerprint(VERSION, path, num_bytes, claimed, options.box_pad, objects, unknown, *options.image_bits)
-        yield Photo(path, num_bytes, claimed, objects, key, crops, stale, path in records.stale)
+        key = lct.fingerprint(VERSION, path, stamp[0], claimed, options.box_pad, objects, unknown, *options.image_bits)
+        yield Photo(path, stamp, claimed, objects, key, crops, stale, path in records.stale)
 
 
 # --- cutting
@@ -266,8 +267,9 @@ class Cutter:
             return False
 
     def _cut(self, cut: CutPhoto) -> None:
-        """Fill in the new crops of a photo, and the problems."""
+        """Fill in the new crops of a photo, its digest, and the problems."""
         photo = cut.photo
+        cut.photo = photo._replace(digest=hash_file(self.images / photo.path))
         try:
             image = lct.load_image(self.images / photo.path, self.image_bits)
             size = image.shape[1::-1]
@@ -476,7 +478,9 @@ class Planner:
             "sha256": hash_bytes(crop.jpeg),
             "mask": mask if has_mask else None,
             "mask_sha256": hash_bytes(crop.mask) if has_mask else None,
-            "photo_bytes": photo.num_bytes,
+            "photo_bytes": photo.stamp[0],
+            "photo_mtime_ns": photo.stamp[1],
+            "photo_sha256": photo.digest,
         }
 
 
@@ -499,7 +503,7 @@ def crop_photos(options: CropOptions) -> None:
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         records = Records(options.out)
-        records.check_photos(options.images, labelled.paths, labelled.num_bytes)
+        records.check_photos(options.images, labelled.paths, labelled.stamps)
         for root in (options.out, unknown_folder(options.out)):
             for pattern in ("", "*/", "*/cropped/", "*/masks/"):  # leftovers of a job killed while writing
                 for leftover in root.glob(f"{pattern}.*.[0-9]*.tmp"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -29,33 +30,60 @@ class Records:
     def __init__(self, out: Path) -> None:
         self.crops: dict[str, list[str]] = {}
         self.stale: dict[str, list[str]] = {}  # earlier records of each photo whose files may not have been written
-        self.photo_bytes: dict[str, int] = {}
+        # Size in bytes, mtime in ns and hash of each photo when it was cut; older records have no mtime and no hash.
+        self.photos: dict[str, tuple[int, int | None, str | None]] = {}
         for record in read_lines(out / RECORDS_NAME):
             self.crops.setdefault(record["photo"], []).append(to_line(record))
-            self.photo_bytes[record["photo"]] = record["photo_bytes"]
+            self._add_photo(record)
         for entry in read_lines(out / PROGRESS_NAME):
             photo = entry["photo"]
             self.stale.setdefault(photo, []).extend(self.crops.get(photo, []))
             self.crops[photo] = [to_line(record) for record in entry["crops"]]
-            self.photo_bytes.update((photo, record["photo_bytes"]) for record in entry["crops"])
+            for record in entry["crops"]:
+                self._add_photo(record)
 
-    def check_photos(self, images: Path, paths: Sequence[str], sizes: Sequence[int]) -> None:
+    def _add_photo(self, record: dict[str, Any]) -> None:
+        stamp = (record["photo_bytes"], record.get("photo_mtime_ns"), record.get("photo_sha256"))
+        self.photos[record["photo"]] = stamp
+
+    def check_photos(self, images: Path, paths: Sequence[str], stamps: Sequence[Sequence[int]]) -> None:
         """Refuse a photo with the name of a different, earlier one, as cameras reuse names: it would take over the earlier crops.
+
+        Reads photos of the same size that were written since.
 
         Args:
             images: folder of the photos.
             paths: of the photos, relative to `images`.
-            sizes: of the photos, in bytes.
+            stamps: size in bytes and mtime in ns of each photo.
 
         Raises:
             UserError: naming the first such photo.
         """
-        for path, num_bytes in zip(paths, sizes, strict=True):
-            earlier = self.photo_bytes.get(path, num_bytes)
-            if earlier != num_bytes:
-                problem = f"is not the photo that was cut before: it has {num_bytes:,} bytes, that one had {earlier:,}"
-                remedy = "choose another --out, or give the folder above both sets of photos as --images"
-                raise lct.UserError(problem, str(images / path), remedy)
+        rewritten = []
+        for path, (num_bytes, mtime_ns) in zip(paths, stamps, strict=True):
+            earlier_bytes, earlier_mtime, digest = self.photos.get(path, (num_bytes, mtime_ns, None))
+            if earlier_bytes != num_bytes:
+                raise _other_photo(images / path, f"it has {num_bytes:,} bytes, that one had {earlier_bytes:,}")
+            if digest and earlier_mtime != mtime_ns:
+                rewritten.append(path)
+        hashed = lct.map_in_threads(lambda path: hash_file(images / path), rewritten)
+        for path, digest in lct.progress(hashed, len(rewritten), "comparing photos", "photo"):
+            if digest not in ("", self.photos[path][2]):
+                raise _other_photo(images / path, "it has as many bytes, but others")
+
+
+def _other_photo(path: Path, difference: str) -> lct.UserError:
+    remedy = "choose another --out, or give the folder above both sets of photos as --images"
+    return lct.UserError(f"is not the photo that was cut before: {difference}", str(path), remedy)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex; '' if it cannot be read, which is reported where it is cut."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -832,6 +833,25 @@ def test_out_is_a_folder_of_its_own(
     assert call_main(*command(photos, source, tmp_path / place)) == 2
     assert words in capsys.readouterr().err
     assert read_tree(tmp_path) == before
+
+
+def test_another_photo_with_as_many_bytes_is_not_taken_for_the_first(
+    photos: Path, tmp_path: Path, call_main: Any, capsys: Any
+) -> None:
+    """As cameras write BMP."""
+    source, out = write_coco(tmp_path), tmp_path / "data"
+    Image.open(photos / "a.jpg").save(photos / "a.bmp")
+    (photos / "a.jpg").unlink()
+    source.write_text(source.read_text().replace("a.jpg", "a.bmp"))
+    assert call_main(*command(photos, source, out)) == 0
+    before = read_tree(out)
+    os.utime(photos / "a.bmp")  # a copy of the photo is the photo
+    assert call_main(*command(photos, source, out)) == 0
+    draw_photo((640, 480), 99).save(photos / "a.bmp")
+    capsys.readouterr()
+    assert call_main(*command(photos, source, out)) == 2
+    assert "is not the photo that was cut before: it has as many bytes" in capsys.readouterr().err
+    assert read_tree(out).items() >= {key: before[key] for key in before if key.endswith((".jpg", ".png"))}.items()
 
 
 def test_refusals_of_a_second_call(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
