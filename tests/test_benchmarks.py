@@ -1,5 +1,6 @@
 """tests/benchmarks: run.py prints its table, gpu.py can fail, faults can be put in. Times are not asserted, machines differ."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -33,6 +34,17 @@ def test_the_text_that_each_fault_replaces_is_there_once() -> None:
     texts |= {name: ("lct_dino3.py", old) for name, (old, _, _) in guards.items()}
     sources = {path: (REPO / path).read_text(encoding="utf-8") for path, _ in texts.values()}
     assert [name for name, (path, old) in texts.items() if sources[path].count(old) != 1] == []
+
+
+def test_the_tests_that_each_fault_must_fail_are_there() -> None:
+    """Else pytest selects none, which mutants.py and guards.py take for a fault that nothing notices."""
+    faults = runpy.run_path(str(REPO / "tests/benchmarks/mutants.py"))["FAULTS"]
+    guards = runpy.run_path(str(REPO / "tests/benchmarks/guards.py"))["GUARDS"]
+    for selector in [fault.tests for fault in faults.values()] + [tests for _, _, tests in guards.values()]:
+        paths = [name.removeprefix("tests/") for name in re.findall(r"\S+\.py", selector)]
+        text = "".join((REPO / "tests" / path).read_text(encoding="utf-8") for path in paths)
+        words = set(re.findall(r"\w+", selector.partition(" -k ")[2])) - {"and", "or"}
+        assert words and [word for word in words if word not in text] == [], selector
 
 
 def test_a_check_of_a_gpu_that_fails_costs_its_line_and_the_exit_code(

@@ -98,7 +98,7 @@ GUARDS = {
     "quarantine": (
         "        rename_damaged(path, reason, run.log)\n    if point",
         "        pass\n    if point",
-        "tests/test_resume.py -k rename_damaged",
+        "tests/test_resume.py -k set_aside",
     ),
     "stop when no checkpoint is sound": (
         "    if point is None and damaged:\n        lines",
