@@ -466,6 +466,7 @@ def main() -> int:
             parser.error(f"{options.run} is of lct-dino-3.py, which records in ClearML itself; train anew")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.__stdout__.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
+    threading.excepthook = show_unless_raised_again
     code = 2
     try:
         code = record_run(options)
@@ -475,6 +476,12 @@ def main() -> int:
         say(f"recording stops here: {error}; the same command records the whole run again")
     # Without waiting for ClearML's threads, which may wait for a silent server: everything that can be sent is sent.
     os._exit(code)
+
+
+def show_unless_raised_again(failure: threading.ExceptHookArgs) -> None:
+    """Show an error of a thread, but not a full disk: TensorBoard's writer raises it again in the main thread."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def record_run(options: argparse.Namespace) -> int:
