@@ -61,6 +61,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -98,14 +99,8 @@ MAX_WORKERS = 16  # default limit: 16 x 540 images/s feed a ViT-L three times ov
 # Against fresh views: -0.2 +- 0.2 points in 293 head trainings, -0.2 to -0.7 +- 0.4 in tests/benchmarks; a third of the passes.
 CACHED_VIEWS = 4
 MEMORY_NAME = "memory.sqlite"  # cached results of reading files
-SQUARES_NAME = "squares.u8"  # fitted crops; exists only during a run
 # A folder is the out_dir of a run if it holds one of these files with these bytes in it.
-RUN_MARKERS = {
-    "metrics.jsonl": b'"event"',
-    "data_report.json": b'"quarantined"',
-    MEMORY_NAME: b"SQLite",
-    SQUARES_NAME: b"",
-}
+RUN_MARKERS = {"metrics.jsonl": b'"event"', "data_report.json": b'"quarantined"', MEMORY_NAME: b"SQLite"}
 DATA_TREE = """expected:  data_root/
                hammer/            one folder a class, with images in it
                    0001.jpg
@@ -1107,7 +1102,7 @@ def check_out_dir(config: Options) -> None:
     """Refuse an out_dir that is not writable, holds other files than a run, or overlaps with data_root."""
     out_dir, data_root = config.out_dir.resolve(), config.data_root.resolve()
     is_moved = getattr(config, "overwrite", False)
-    existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
+    existing = existing_folder(out_dir)
     is_run = False
     for name, mark in RUN_MARKERS.items():
         if (out_dir / name).is_file():
@@ -1133,6 +1128,11 @@ def check_out_dir(config: Options) -> None:
             raise UserError(problem, config.describe("out_dir"), remedy)
     if config.masks_out is not None and config.masks_out.resolve() != data_root:
         check_outside(config.masks_out, config.describe("masks_out"), {"data_root": data_root})
+
+
+def existing_folder(path: Path) -> Path:
+    """Return a folder, or the nearest one above that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 OUTPUT_MARK = b"lct_dino3"  # tools put it into the files that they write to a path given by the user
@@ -1691,7 +1691,6 @@ class FileMemory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / MEMORY_NAME
-        self.is_locked = False  # whether this process holds the lock of the folder
         self._pending: list[tuple[Any, ...]] = []
         self._is_damaged = False
 
@@ -1742,7 +1741,7 @@ class FileMemory:
         """Save at once, also before the run has opened the folder; do nothing if it is in use or cannot be written."""
         with contextlib.suppress(UserError):
             create_out_dir(self.folder)
-            with contextlib.nullcontext() if self.is_locked else lock_directory(self.folder):
+            with lock_directory(self.folder):
                 self.save()
 
     @contextlib.contextmanager
@@ -2206,8 +2205,8 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     has room for all of them. Raises UserError if no image can be used.
     """
     listing, class_of, excluded = _choose_images(config)
-    memory = squares.memory if squares is not None else FileMemory(config.out_dir)
-    if squares is not None and squares.end + 3 * squares.side**2 * len(listing.paths) > squares.room:
+    memory = FileMemory(config.out_dir)
+    if squares is not None and 3 * squares.side**2 * len(listing.paths) > squares.room:
         squares = None
     health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
     image_bits = config.image_bits or find_image_bits(health.rows["highest"])
@@ -2581,7 +2580,7 @@ def check_files(
     rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
 
     def check(index: int) -> tuple[np.ndarray, str]:
-        keep = None if squares is None else functools.partial(squares.keep_image, paths[index], stamps[index])
+        keep = None if squares is None else functools.partial(squares.keep_image, paths[index])
         return kind.check(root / paths[index], keep)
 
     saved_at = time.monotonic()
@@ -4136,125 +4135,72 @@ class SampleKey(NamedTuple):
 
 
 class SquareFile:
-    """Appends fitted crops ("squares") to `squares.u8` in the folder of `memory`, from byte `end` up to byte `room`. Thread-safe.
+    """Temporary file of fitted crops ("squares"), uint8 (side, side, 3), or 4 channels with the mask last, up to byte `room`.
 
-    A square is uint8 (side, side, 3), or 4 channels with the mask last. The file only saves time: if writing fails, it is given up.
-    `prepare` is called before the first write.
+    It has no name, so that the system frees it with the last process that uses it, even a killed one. It lies on the disk of
+    `folder`, which need not exist yet. The file only saves time: if writing fails, it is given up. Threads may write together.
     """
 
-    def __init__(
-        self, memory: FileMemory, side: int, room: int, end: int, prepare: Callable[[], None] = lambda: None
-    ) -> None:
-        self.path = memory.folder / SQUARES_NAME
-        self.memory, self.side, self.room, self.end = memory, side, room, end
-        self.failure: Exception | None = None
-        self._prepare, self._guard = prepare, threading.Lock()
-        self._file: BinaryIO | None = None
+    def __init__(self, folder: Path, side: int, room: int) -> None:
+        self.side, self.room, self.end = side, room, 0
+        self.places: dict[str, int] = {}  # first byte of each square of `keep_image`, by path
+        self.failure: OSError | None = None
+        self.file: BinaryIO | None = None
+        self._folder, self._guard = folder, threading.Lock()
 
-    def keep_image(self, path: str, stamp: tuple[int, int], image: np.ndarray) -> None:
-        """Fit the decoded image of a file, and store the square."""
-        self.put(name_squares(self.side), path, stamp, fit_square(image, self.side))
+    def keep_image(self, path: str, image: np.ndarray) -> None:
+        """Fit a decoded image, and store the square."""
+        self.places[path] = self.put(fit_square(image, self.side))
 
-    def put(self, kind: str, path: str, stamp: tuple[int, int], square: np.ndarray, mask: int = 0) -> int:
-        """Store a square, record it in the memory under `kind`, which `name_squares` makes, and return its first byte.
-
-        Return -1 if it is not stored.
-
-        `stamp` is size in bytes and mtime in ns of the crop's file, `mask` the digest of the mask file.
-        """
+    def put(self, square: np.ndarray) -> int:
+        """Store a square, and return its first byte, or -1 if it is not stored."""
         square = np.ascontiguousarray(square)
         try:
             with self._guard:
                 place = self.end
                 if place + square.nbytes > self.room:
                     return -1
-                if self._file is None:  # never closed: threads may still write after the run is interrupted
-                    self._prepare()
-                    self._file = open(self.path, "r+b" if self.path.is_file() else "w+b", buffering=0)  # noqa: SIM115
+                if self.file is None:
+                    self.file = tempfile.TemporaryFile(dir=existing_folder(self._folder))  # noqa: SIM115
                 self.end += square.nbytes
-            if os.pwrite(self._file.fileno(), square, place) < square.nbytes:
+            if os.pwrite(self.file.fileno(), square, place) < square.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if place // SQUARES_SYNC_BYTES < (place + square.nbytes) // SQUARES_SYNC_BYTES:
-                os.fsync(self._file.fileno())  # a full disk may report its error only here
-            if self.failure is not None:  # another thread gave up and truncated the file before this write
-                raise self.failure
-        except (OSError, UserError) as error:
+                os.fsync(self.file.fileno())
+        except OSError as error:
             self.give_up(error)
             return -1
-        value = np.array((place, zlib.crc32(square), mask), dtype=SQUARE_DTYPE)
-        self.memory.learn(kind, path, stamp, value.tobytes())
         return place
 
-    def give_up(self, failure: Exception) -> None:
-        """Stop writing, and free the disk space."""
+    def give_up(self, failure: OSError) -> None:
+        """Store no further squares, and free the disk space."""
         with self._guard:
             self.failure, self.room = failure, 0
-            if self._file is not None:
+            if self.file is not None:  # not closed: another thread may be writing
                 with contextlib.suppress(OSError):
-                    self.path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    self._file.truncate(0)
+                    self.file.truncate(0)
 
-    def close(self) -> None:
-        """Stop accepting squares, and flush those written to disk."""
-        with self._guard:
-            self.room = 0
-        if self._file is not None and self.failure is None:
+    def flush(self) -> None:
+        """Write all squares to the disk, which may turn out to be full."""
+        if self.file is not None and self.failure is None:
             try:
-                os.fsync(self._file.fileno())
+                os.fsync(self.file.fileno())
             except OSError as error:
                 self.give_up(error)
-
-
-# Where a fitted crop is stored in `squares.u8`: first byte, CRC-32, digest of the mask. A value of `FileMemory`.
-SQUARE_DTYPE = np.dtype([("place", "<i8"), ("checksum", "<u4"), ("mask", "<u8")])
-
-
-def name_squares(side: int, fill: Any = "") -> str:
-    """Return the `FileMemory` kind of the squares of plain crops, or of masked crops with this fill."""
-    return f"square {side} {fill}"
-
-
-def find_squares(
-    memory: FileMemory, kind: str, crops: dict[str, tuple[int, int] | None], masks: np.ndarray, side: int
-) -> np.ndarray:
-    """Return the first byte of each crop's square in the file, int64 (N,), -1 where no intact one is stored.
-
-    `crops` maps paths to size in bytes and mtime in ns, or None for a missing file. `masks`, uint64 (N,), holds the digest of each
-    mask, 0 for plain crops.
-    """
-    places, squares_path = np.full(len(crops), -1, np.int64), memory.folder / SQUARES_NAME
-    if not squares_path.is_file() or not squares_path.stat().st_size:
-        return places
-    pixels, known, squares = np.asarray(np.memmap(squares_path, np.uint8, "r")), memory.recall(kind), []
-    for row, (path, stamp) in enumerate(crops.items()):
-        size, mtime_ns, value = known.get(path, (0, 0, b""))
-        if (size, mtime_ns) == stamp and len(value) == SQUARE_DTYPE.itemsize:
-            squares.append((row, *np.frombuffer(value, dtype=SQUARE_DTYPE)[0].tolist()))
-
-    def is_intact(square: tuple[int, int, int, int]) -> bool:
-        row, place, checksum, mask = square
-        length = (4 if masks[row] else 3) * side**2
-        return mask == masks[row] and checksum == zlib.crc32(pixels[place : place + length])
-
-    checks = map_in_threads(is_intact, squares)
-    for (row, place, *_), passes in progress(checks, len(squares), "checking fitted crops", "crop"):
-        places[row] = place if passes else -1
-    return places
 
 
 class SquareStore:
     """Memory map of a `SquareFile`: its squares equal newly fitted crops. The system caches the pages once for all processes."""
 
-    def __init__(self, path: Path, records: Records, places: np.ndarray, side: int) -> None:
+    def __init__(self, file: BinaryIO, records: Records, places: np.ndarray, side: int) -> None:
         self.records = records  # rows of other records, e.g. of unknown objects, mean other crops
         self.places = places  # int64 (2, N), [plain or masked, record] -> first byte, -1 = not stored
-        self._path, self._side = path.resolve(), side
-        self._bytes = np.asarray(np.memmap(path, np.uint8, "r"))
+        self._file, self._side = file, side
+        self._bytes = np.asarray(np.memmap(file, np.uint8, "r"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        stamp = stat_files(self._path.parent, [self._path.name])
-        return _reopen_store, (stamp, self._path, self.records, self.places, self._side)
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"  # the file has no other name
+        return _reopen_store, (stat_files(Path(), [path]), path, self.records, self.places, self._side)
 
     def get(self, row: int, is_masked: bool) -> np.ndarray | None:
         """Return a square, read-only uint8 (side, side, 3 or 4); None if it is not stored."""
@@ -4263,9 +4209,11 @@ class SquareStore:
         return None if place < 0 else self._bytes[place : place + math.prod(shape)].reshape(shape)
 
 
-def _reopen_store(stamp: np.ndarray, path: Path, *arguments: Any) -> SquareStore | None:
-    """Reopen a store in another process; None if the file differs there, e.g. on another machine, where crops are then decoded."""
-    return SquareStore(path, *arguments) if np.array_equal(stat_files(path.parent, [path.name]), stamp) else None
+def _reopen_store(stamp: np.ndarray, path: str, *arguments: Any) -> SquareStore | None:
+    """Reopen a store in another process; None where it is not found, e.g. on another machine, where crops are then decoded."""
+    if not np.array_equal(stat_files(Path(), [path]), stamp):
+        return None
+    return SquareStore(open(path, "rb"), *arguments)
 
 
 class CropDataset(Dataset):
@@ -7565,7 +7513,7 @@ class Job:
     config: Config
     records: Records
     runtime: Runtime
-    run: RunDirectory | None  # None until the folder is opened; other ranks get a ReadRunDirectory
+    run: RunDirectory | None  # None until the folder is opened; other ranks get a ReadOnlyRunDirectory
     info: BackboneInfo
     fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
@@ -7595,95 +7543,50 @@ class Job:
                 self.run.log(f"warning: {path} {reason}")
 
 
-@contextlib.contextmanager
-def collect_squares(config: Config) -> Iterator[SquareFile | None]:
-    """Yield the writer that keeps the crops decoded by a scan as fitted squares; None where training would not read them.
+def scan_fills_squares(config: Config) -> bool:
+    """Return whether training reads the fitted squares of all crops that a scan decodes.
 
-    Training does not read them if its transforms need the unfitted crop. With --crop_mode mask, most crops are shown masked, but a
-    scan does not know the masks yet; with --data_fraction, most squares would go unread. out_dir is locked from the first square
-    on. On UserError, the files and folders created here are removed.
+    It does not if its transforms need the unfitted crop. With --crop_mode mask, most crops are shown masked, but a scan does not
+    know the masks yet; with --data_fraction, most squares would go unread.
     """
     lists = given_lists(config)
     is_read = not lists.get("pre_transforms") and not {"train_augmentations", "val_augmentations"} <= lists.keys()
-    if not config.cache_crops or not is_read or config.crop_mode == "mask" or config.data_fraction < 1:
-        yield None
-        return
-    folder = config.out_dir
-    memory = FileMemory(folder)
-    created: list[Path] = []
-    paths = [folder / name for name in (SQUARES_NAME, ".lock", ".lock_holder")] + [folder, *folder.parents]
-    with contextlib.ExitStack() as stack:
-
-        def claim_folder() -> None:
-            created.extend(path for path in paths if not path.exists())
-            create_out_dir(folder)
-            stack.enter_context(lock_directory(folder))
-            memory.is_locked = True
-
-        end = paths[0].stat().st_size if paths[0].is_file() else 0
-        squares = SquareFile(memory, config.img_size, square_room(config), end, claim_folder)
-        try:
-            yield squares
-        except UserError:
-            for path in created:
-                with contextlib.suppress(OSError):  # a folder that holds the memory of a long scan stays
-                    path.rmdir() if path.is_dir() else path.unlink()
-            raise
-        finally:
-            squares.close()
-            memory.is_locked = False
+    return is_read and config.crop_mode != "mask" and config.data_fraction == 1
 
 
-def open_store(job: Job, scan: Scan) -> SquareStore | None:
-    """Open the store of fitted crops: those of the scan, those from before an interruption, and all that `list_reused_crops` names.
+def open_store(job: Job, squares: SquareFile) -> SquareStore | None:
+    """Open the store of fitted crops: those of the scan, and all that `list_reused_crops` names, which are decoded here.
 
-    Decodes the missing ones here, as far as there is room. Returns None if there is no square, or if writing them fails.
+    There are as many as have room. Returns None if there is no square, or if writing them fails.
     """
-    config, records, run, side = job.config, job.records, job.run, job.config.img_size
+    config, records, run = job.config, job.records, job.run
     if not config.cache_crops:
         return None
-    scan.memory.save()
-    paths = list(records.paths)
     transform = job.transform(augment=False)
-    kinds = name_squares(side), name_squares(side, transform.fill)  # plain, masked: the order of VIEW_NAMES
-    scanned_stamps = dict(zip(scan.listing.paths, map(tuple, scan.health.stats.tolist()), strict=True))
-    stamps = {path: scanned_stamps.get(path) for path in paths}
-    digests = np.zeros((2, len(paths)), np.uint64)  # of the masks; 0 for plain crops
-    if scan.mask_health is not None and records.masks is not None:
-        digest_of = dict(zip(scan.mask_health.paths, scan.mask_health.rows["digest"].tolist(), strict=True))
-        digests[1] = [digest_of.get(mask, 0) for mask in records.masks]
-    places = np.stack([find_squares(scan.memory, kinds[view], stamps, digests[view], side) for view in (0, 1)])
-    num_bytes = side**2 * np.array([3, 4])  # of a plain and a masked square
-    end = int(np.where(places < 0, 0, places + num_bytes[:, None]).max(initial=0))
+    places = np.full((len(VIEW_NAMES), len(records.paths)), -1, np.int64)
+    places[0] = [squares.places.get(path, -1) for path in records.paths]
     missing = [(row, view) for row, view in list_reused_crops(job) if places[view, row] < 0]
-    writer = SquareFile(scan.memory, side, square_room(config), end)
-    ends = end + np.cumsum([num_bytes[view] for _, view in missing])
-    pending = missing[: np.searchsorted(ends, writer.room, side="right")]
+    ends = squares.end + np.cumsum([(3, 4)[view] * config.img_size**2 for _, view in missing])
+    pending = missing[: np.searchsorted(ends, squares.room, side="right")]
 
     def write(crop: tuple[int, int]) -> int:
-        row, view = crop
-        path = paths[row]
         with contextlib.suppress(ImageError):
-            image, mask, reason = load_crop(records, row, view)
-            if not reason and stamps[path] is not None:
-                square = transform.make_square(image, mask, 0)
-                return writer.put(kinds[view], path, stamps[path], square, int(digests[view, row]))
+            image, mask, reason = load_crop(records, *crop)
+            return -1 if reason else squares.put(transform.make_square(image, mask, 0))
         return -1
 
-    try:
-        for (row, view), place in progress(map_in_threads(write, pending), len(pending), "fitting crops", "crop"):
-            places[view, row] = place
-    finally:
-        writer.close()
-        scan.memory.save()
+    for (row, view), place in progress(map_in_threads(write, pending), len(pending), "fitting crops", "crop"):
+        places[view, row] = place
+    squares.flush()
     count = int((places >= 0).sum())
-    if writer.failure is not None or (missing and not count):
-        reason = f": {writer.failure}" if writer.failure else ""
+    if squares.failure is not None or (missing and not count):
+        reason = f": {squares.failure}" if squares.failure else ""
         run.log(f"warning: no room to keep decoded crops in {run.path}{reason}: they are decoded each epoch")
     elif count:
-        megabytes = writer.path.stat().st_size / 1e6
-        run.log(f"decoded crops are kept on disk while the run lasts: {count:,}, {megabytes:,.1f} MB (--cache_crops)")
-        return SquareStore(writer.path, records, places, side)
+        run.log(
+            f"decoded crops are kept on disk while the run lasts: {count:,}, {squares.end / 1e6:,.1f} MB (--cache_crops)"
+        )
+        return SquareStore(squares.file, records, places, config.img_size)
     return None
 
 
@@ -7708,10 +7611,10 @@ def list_reused_crops(job: Job) -> list[tuple[int, int]]:
 
 def square_room(config: Config) -> int:
     """Return how many bytes of fitted crops a run may keep: at most --cache_crops, and a quarter of free disk and of memory."""
-    squares = config.out_dir / SQUARES_NAME
-    free = free_disk(config.out_dir) + (squares.stat().st_size if squares.is_file() else 0)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(1e9 * config.cache_crops, free / 4, memory / 4))  # beyond memory, a read is slower than decoding
+    return int(
+        min(1e9 * config.cache_crops, free_disk(config.out_dir) / 4, memory / 4)
+    )  # beyond memory, a read is slower than decoding
 
 
 class FeatureBank:
@@ -7900,7 +7803,7 @@ def list_versions() -> dict[str, str]:
 
 def free_disk(path: Path) -> int:
     """Return the free bytes on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
+    return shutil.disk_usage(existing_folder(path)).free
 
 
 class TrainFeed:
@@ -8939,15 +8842,14 @@ def prepare_run(
     if config.unknown_dir is not None:
         unknown_records(config.unknown_dir)
     has_old_run = config.overwrite and config.out_dir.exists()
-    with collect_squares(config) as squares:
-        scan = scan_dataset(config, splits_path, squares)
-        # Later commands have to read the images of this run in the same way.
-        config = dataclasses.replace(config, image_bits=scan.records.image_bits)
-        with keep_memory(scan.memory):
-            scan = attach_masks(scan, config)
-            plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
+    squares = SquareFile(config.out_dir, config.img_size, square_room(config))
+    scan = scan_dataset(config, splits_path, squares if scan_fills_squares(config) else None)
+    # Later commands have to read the images of this run in the same way.
+    config = dataclasses.replace(config, image_bits=scan.records.image_bits)
+    with keep_memory(scan.memory):
+        scan = attach_masks(scan, config)
+        plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
     if plan is None:
-        (config.out_dir / SQUARES_NAME).unlink(missing_ok=True)
         return None, None, None
     job, backbone, notes = plan
     if config.auto_generate_masks and not scan.records.has_mask.all():
@@ -8961,13 +8863,13 @@ def prepare_run(
         old_dir = move_aside(config.out_dir)
         show(f"the old run is moved to {old_dir}")
         create_out_dir(config.out_dir)
-        for name in (MEMORY_NAME, SQUARES_NAME, MASK_LOG_NAME, "masks_preview.png"):  # still valid for these images
+        for name in (MEMORY_NAME, MASK_LOG_NAME, "masks_preview.png"):  # still valid for these images
             with contextlib.suppress(FileNotFoundError):
                 shutil.move(old_dir / name, config.out_dir / name)  # out_dir may have been a link to another disk
     job = dataclasses.replace(job, run=stack.enter_context(RunDirectory(config.out_dir)))
     stack.enter_context(keep_interrupted(config.out_dir))
     open_run(job, scan, notes)
-    return dataclasses.replace(job, store=open_store(job, scan)), backbone, point
+    return dataclasses.replace(job, store=open_store(job, squares)), backbone, point
 
 
 def plan_run(
@@ -9273,7 +9175,6 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         run.log(f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, named above")
     run.log(result)
     run.log(f"finished: {run.path / 'prototypes.npz'}" + (f", {run.path / 'report.html'}" if has_report else ""))
-    (run.path / SQUARES_NAME).unlink(missing_ok=True)
 
 
 def measure_run(

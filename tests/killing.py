@@ -35,7 +35,7 @@ TARGETS = (
     "read_deep_rgb list_images assign_splits build_backbone measure_baseline TrainFeed.batches decode_image train_step"
     " torch.optim.AdamW.step nn.utils.clip_grad_norm_ Tally.add Tally.fetch check_finite score_epoch compute_metrics"
     " score_val RunDirectory.event RunDirectory.log os.write save_checkpoint open torch.serialization._save os.fsync"
-    " find_squares Path.replace sync_folder Path.unlink copy_checkpoint save_epoch SquareStore.get embed build_gallery save_gallery"
+    " open_store Path.replace sync_folder Path.unlink copy_checkpoint save_epoch SquareStore.get embed build_gallery save_gallery"
     " score_classifier compute_gallery_metrics write_embeddings write_predictions start_report os.pwrite FileMemory.save"
 ).split()
 

@@ -84,7 +84,7 @@ DEATHS = {
     "scan, while a square is written": kill("os.pwrite", 25, KILL),
     "scan, while a square is written, terminated": kill("os.pwrite", 25, TERM, when="half"),
     "while what the scan has learned is saved": kill("FileMemory.save", 1, KILL),
-    "while the squares are opened": kill("find_squares", 1, TERM),
+    "while the squares are opened": kill("open_store", 1, TERM),
     "while a square is read": kill("SquareStore.get", 150, TERM),
     "last step of an epoch": kill("train_step", 8, INT, when="after"),
     "train figures": kill("score_epoch", 2, KILL),
@@ -239,12 +239,7 @@ def test_an_interrupted_scan_keeps_what_it_has_learned(
     data: Path, start: Any, nursery: Nursery, tmp_path: Path
 ) -> None:
     assert start(kill("read_deep_rgb", 40, TERM))[0] == 143
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "memory.sqlite",
-        "squares.u8",
-        ".lock",
-        ".lock_holder",
-    }
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"memory.sqlite", ".lock", ".lock_holder"}
     assert start(kill("read_deep_rgb", 20, KILL), kill("build_backbone", 1, TERM))[0] == 143, "fewer than 20 were left"
     assert start(kill("read_deep_rgb", 1, KILL))[0] == 0, "and none after that"
     argv = ("scan", "--data_root", data, "--out_dir", tmp_path / "scan")

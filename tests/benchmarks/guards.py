@@ -175,23 +175,13 @@ GUARDS = {
         "    except Interrupted:\n",
         "tests/test_resume.py -k interrupted_scan",
     ),
-    "damaged squares are made again": (
-        "checksum == zlib.crc32(pixels[place : place + length])",
-        "True",
-        "tests/test_store.py -k damaged_or_their",
-    ),
-    "squares of another mask are made again": (
-        "return mask == masks[row] and",
-        "return",
-        "tests/test_store.py -k damaged_or_their",
-    ),
     "no other file is taken for the squares": (
-        "if np.array_equal(stat_files(path.parent, [path.name]), stamp) else None",
-        "if True else None",
+        "if not np.array_equal(stat_files(Path(), [path]), stamp):",
+        "if False:",
         "tests/test_store.py -k another_process",
     ),
     "a full disk gets its room back": (
-        "                    self._file.truncate(0)\n",
+        "                    self.file.truncate(0)\n",
         "                    pass\n",
         "tests/test_store.py -k fills_up",
     ),

@@ -298,11 +298,11 @@ def stored_case(settings: Settings, augment: bool) -> Case:
     records = lct.Records(
         photos[0].parent, ("a",), np.array([path.name for path in photos], dtype=lct.STRINGS), count, count, count
     )
-    writer = lct.SquareFile(lct.FileMemory(settings.scratch), IMG_SIZE, 10**9, 0)
-    places = [writer.put("", path.name, (0, 0), lct.fit_square(lct.load_image(path), IMG_SIZE)) for path in photos]
-    store = lct.SquareStore(writer.path, records, np.array([places, places]), IMG_SIZE)
+    writer = lct.SquareFile(settings.scratch, IMG_SIZE, 10**9)
+    places = [writer.put(lct.fit_square(lct.load_image(path), IMG_SIZE)) for path in photos]
+    store = lct.SquareStore(writer.file, records, np.array([places, places]), IMG_SIZE)
     dataset = lct.CropDataset(records, lct.build_transform(IMG_SIZE, augment), store=store)
-    squares = np.memmap(writer.path, np.uint8, "r").reshape(-1, IMG_SIZE, IMG_SIZE, 3)
+    squares = np.memmap(writer.file, np.uint8, "r").reshape(-1, IMG_SIZE, IMG_SIZE, 3)
     change = albumentations_recipe(IMG_SIZE, augment, False, is_fitted=True)
 
     def strongest() -> None:
