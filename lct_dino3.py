@@ -2380,22 +2380,30 @@ class Listing:
 
     def add_folder(self, root: Path, prefix: str) -> list[str]:
         """Add the files of a folder below root and return the names of its subfolders; `prefix` is '' or ends with '/'."""
-        folders = []
+        names, others = [], []
         try:
-            entries = visible_entries(root / prefix)
+            with os.scandir(root / prefix) as entries:
+                for entry in entries:
+                    if entry.name[0] == ".":
+                        continue
+                    if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry_problem(entry):
+                        names.append(entry.name)
+                    else:
+                        others.append(entry)
         except OSError as error:
             self.problems.append((prefix.rstrip("/"), f"the folder cannot be read: {error.strerror}"))
-            return folders
-        for entry in entries:
-            path, kind = f"{prefix}{entry.name}", entry_type(entry)
+            return []
+        names.sort()
+        self.paths += [f"{prefix}{name}" for name in names]
+        folders = []
+        for entry in sorted(others, key=operator.attrgetter("name")):
+            kind = entry_type(entry)
             if kind == FOLDER_ENTRY:
                 folders.append(entry.name)
-            elif kind != IMAGE_ENTRY:
-                self.ignored[kind] += 1
-            elif problem := entry_problem(entry):
-                self.problems.append((path, problem))
+            elif kind == IMAGE_ENTRY:
+                self.problems.append((f"{prefix}{entry.name}", entry_problem(entry)))
             else:
-                self.paths.append(path)
+                self.ignored[kind] += 1
         return folders
 
 
