@@ -143,17 +143,17 @@ GUARDS = {
     "figures of the epoch so far": (
         '    state.tally = Tally(payload["tally"])\n',
         "",
-        "tests/test_resume.py -k 'ends_as_if and update'",
+        "tests/test_resume.py -k 'ends_as_if and steps'",
     ),
     "position in the epoch": (
         "            if number >= self.first_batch:\n",
         "            if True:\n",
-        "tests/test_resume.py -k 'ends_as_if and update'",
+        "tests/test_resume.py -k 'ends_as_if and steps'",
     ),
     "records of epochs that are done again": (
         "        run.forget_epochs_after(state.epoch)\n",
         "",
-        "tests/test_resume.py -k 'ends_as_if and between'",
+        "tests/test_resume.py -k 'ends_as_if and validation'",
     ),
     "best checkpoint after a rewind": (
         "    return restore_best_checkpoint(job, state)\n",
@@ -168,7 +168,7 @@ GUARDS = {
     "checkpoint_interrupt.pth": (
         "            copy_checkpoint(folder / LAST_NAME, folder / INTERRUPT_NAME)\n",
         "            pass\n",
-        "tests/test_resume.py -k 'ends_as_if and inside'",
+        "tests/test_resume.py -k 'ends_as_if and steps'",
     ),
     "an interrupted scan is kept": (
         "    except Interrupted:\n        memory.save_early()\n",
