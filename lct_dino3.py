@@ -1710,17 +1710,16 @@ class FileMemory:
         }
 
     def learn(self, kind: str, path: str, stamp: tuple[int, int], value: bytes) -> None:
-        """Queue a value for the next `save`; `stamp` is (size, mtime in ns). Safe to call from threads."""
+        """Queue a value for the next `save`; `stamp` is (size, mtime in ns)."""
         self._pending.append((kind, path, *stamp, value, zlib.crc32(value)))
 
     def save(self) -> None:
         """Write the queued values in one transaction. The caller holds the lock of the folder. Raises UserError."""
         columns = "kind TEXT, path TEXT, size INTEGER, mtime_ns INTEGER, value BLOB, checksum INTEGER"
         create = f"CREATE TABLE IF NOT EXISTS files ({columns}, PRIMARY KEY (kind, path)) WITHOUT ROWID"
+        if not self._pending:
+            return
         with SIGNALS.hold():
-            rows = self._pending[:]
-            if not rows:
-                return
             for is_last_try in (False, True):
                 try:
                     if self._is_damaged:
@@ -1729,13 +1728,13 @@ class FileMemory:
                         self._is_damaged = False
                     with self._open_table("rwc") as table:
                         table.execute(create)
-                        table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+                        table.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", self._pending)
                     break
                 except (sqlite3.Error, OSError) as error:
                     self._is_damaged = _is_damage(error)
                     if is_last_try or not self._is_damaged:
                         raise write_error(self.path, OSError(str(error)), 0) from error
-            del self._pending[: len(rows)]
+            self._pending = []
 
     def save_early(self) -> None:
         """Save at once, also before the run has opened the folder; do nothing if it is in use or cannot be written."""
@@ -8034,8 +8033,8 @@ def classifier_logits(job: Job, model: Recognizer, embeddings: np.ndarray) -> np
 
 def recall_at_1(vectors: np.ndarray, labels: np.ndarray, queries: Embedded) -> float:
     """Return the share of queries whose nearest vector has the same label; `vectors` are (n, D), their `labels` (n,)."""
-    nearest = reduce_scores(lambda block: block @ vectors.T, queries.values, lambda cosine, _: (cosine.argmax(axis=1),))
-    return float((labels[nearest[0]] == queries.labels).mean())
+    nearest, _ = best_answers(lambda block: block @ vectors.T, queries.values)
+    return float((labels[nearest] == queries.labels).mean())
 
 
 def format_epoch(record: dict[str, Any], config: Config) -> str:
