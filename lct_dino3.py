@@ -4976,41 +4976,59 @@ def complete_backbone(start: StartWeights, log: Callable[[str], None]) -> dict[s
 
 
 def probe_model(config: Config) -> tuple[dict[str, Any], int]:
-    """Return timm's keyword arguments for the model and its feature_dim, from a build on the meta device. Raises UserError."""
+    """Return timm's keyword arguments for the model and its feature_dim; check that it has what is trained. Raises UserError."""
+    where = f"--model_id {config.model_id}"
+    settings, feature_dim, num_blocks, has_attention = _build_on_meta(
+        config.model_id, config.img_size, config.pool, config.in_channels, config.drop_path
+    )
+    if config.unfreeze_blocks > num_blocks:
+        problem = f"has {num_blocks or 'no'} blocks that timm names"
+        remedy = "give fewer, or train all with --no-freeze_backbone"
+        raise UserError(problem, f"{where} {config.describe('unfreeze_blocks')}", remedy)
+    if config.layer_decay < 1 and not num_blocks:
+        raise UserError("has no blocks that timm names", f"{where} --layer_decay", "leave it out")
+    if config.lora_rank and not has_attention:
+        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
+        raise UserError("has no attention layers", f"{where} {config.describe('lora_rank')}", remedy)
+    return settings, feature_dim
+
+
+@functools.lru_cache  # a ViT-L takes a second or two
+def _build_on_meta(
+    model_id: str, img_size: int, pool: str | None, in_channels: int, drop_path: float
+) -> tuple[dict[str, Any], int, int, bool]:
+    """Return arguments for timm, feature_dim, number of blocks, and whether there are attention layers; build the model on meta."""
     import timm
 
-    where = f"--model_id {config.model_id}"
-    name, sizes = split_model_id(config.model_id)
+    where = f"--model_id {model_id}"
+    name, sizes = split_model_id(model_id)
     base = name.split(".")[0]
     if not name.startswith(HUB_PREFIXES) and not timm.is_model(base):
-        raise UserError(
-            "is not known to timm",
-            where,
-            did_you_mean(base, timm.list_models(), "timm.list_models('*part of a name*') lists what there is"),
-        )
-    options = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
-    options |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
+        remedy = did_you_mean(base, timm.list_models(), "timm.list_models('*part of a name*') lists what there is")
+        raise UserError("is not known to timm", where, remedy)
+    options = {"in_chans": in_channels} if in_channels != 3 else {}
+    options |= {"drop_path_rate": drop_path} if drop_path else {}
     settings: dict[str, Any] = {"num_classes": 0, **options, **sizes}
     try:
         with torch.device("meta"), torch.no_grad():
             model = build_from_cache(lambda: timm.create_model(name, **settings), name, lambda _: None)
             if "img_size" in inspect.signature(type(model).__init__).parameters:
-                settings["img_size"] = config.img_size
+                settings["img_size"] = img_size
             # All images have one size, so DINOv3 need not rebuild its position table on the CPU for each batch.
             if getattr(model, "dynamic_img_size", False):
                 settings["dynamic_img_size"] = False
-            if config.pool or getattr(model, "cls_token", None) is not None:
-                settings["global_pool"] = config.pool or "token"
+            if pool or getattr(model, "cls_token", None) is not None:
+                settings["global_pool"] = pool or "token"
             model = build_from_cache(lambda: timm.create_model(name, **settings), name, lambda _: None).eval()
             stem = getattr(getattr(model, "patch_embed", None), "proj", None)
             has_patches = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride
-            if has_patches and config.img_size % stem.stride[0]:  # timm would silently drop the remainder at the border
-                raise ValueError(f"{config.img_size} px is not a multiple of its patches of {stem.stride[0]} px")
-            shape = model(torch.empty(1, settings.get("in_chans", 3), config.img_size, config.img_size)).shape
+            if has_patches and img_size % stem.stride[0]:  # timm would silently drop the remainder at the border
+                raise ValueError(f"{img_size} px is not a multiple of its patches of {stem.stride[0]} px")
+            shape = model(torch.empty(1, in_channels, img_size, img_size)).shape
             if len(shape) != 2:
                 raise ValueError(f"its features have the shape {tuple(shape)}: choose a --pool such as avg")
     except Exception as error:  # timm and its models raise anything from AssertionError to KeyError
-        where += f" --img_size {config.img_size}" + (f" --pool {config.pool}" if config.pool else "")
+        where += f" --img_size {img_size}" + (f" --pool {pool}" if pool else "")
         options_text = "".join(f", or leave out {name}={value}" for name, value in options.items())
         problem = f"timm cannot build it: {printable(str(error))[:300]}"
         unread = "check the name, and that the hub or the folder can be reached"  # of `hf-hub:` and `local-dir:`
@@ -5018,17 +5036,7 @@ def probe_model(config: Config) -> tuple[dict[str, Any], int]:
         if "pretrained tag" in problem:  # what stands behind the dot
             remedy = did_you_mean(name, timm.list_pretrained(f"{base}.*"))
         raise UserError(problem, where, remedy) from error
-    num_blocks = max(block_depths(model).values())
-    if config.unfreeze_blocks > num_blocks:
-        problem = f"has {num_blocks or 'no'} blocks that timm names"
-        remedy = "give fewer, or train all with --no-freeze_backbone"
-        raise UserError(problem, f"{where} {config.describe('unfreeze_blocks')}", remedy)
-    if config.layer_decay < 1 and not num_blocks:
-        raise UserError("has no blocks that timm names", f"{where} --layer_decay", "leave it out")
-    if config.lora_rank and not attention_layers(model):
-        remedy = "choose a ViT, or train the last blocks with --unfreeze_blocks"
-        raise UserError("has no attention layers", f"{where} {config.describe('lora_rank')}", remedy)
-    return settings, shape[1]
+    return settings, shape[1], max(block_depths(model).values()), bool(attention_layers(model))
 
 
 def split_model_id(model_id: str) -> tuple[str, dict[str, float]]:
