@@ -9114,14 +9114,23 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
 
 
 def place_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[str, Any]:
-    """Put the resumed checkpoint and the best one in their places in the run directory; return the record of the best epoch."""
+    """Put the resumed checkpoint and the best one in their places in the run directory; return the record of the best epoch.
+
+    Checkpoints ahead of the resumed one are of epochs that are given up, and no start may go on from them.
+    """
     run = job.run
     for path, reason in point.damaged.items():
         rename_damaged(path, reason, run.log)
     if point.path.name != LAST_NAME:
+        ahead = []
+        for path in reversed(list_checkpoints(run.path)):  # checkpoint_last.pth at the end: a restart would take it
+            with contextlib.suppress(UserError):  # a damaged one
+                if progress_of(load_checkpoint(path)) > progress_of(point.payload):
+                    path.rename(name_aside(path, "old"))
+                    ahead.append(path.name)
+        if ahead:
+            run.log(f"set aside as *.old-DATE, ahead of {point.path.name}: {', '.join(ahead)}")
         copy_checkpoint(point.path, run.path / LAST_NAME)
-    if point.path.name not in (LAST_NAME, INTERRUPT_NAME):  # may be ahead of the resumed one
-        (run.path / INTERRUPT_NAME).unlink(missing_ok=True)
     return restore_best_checkpoint(job, state)
 
 

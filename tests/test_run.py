@@ -584,12 +584,19 @@ def test_dropout_in_a_fine_tuned_backbone_does_not_depend_on_workers(
 
 
 def test_resuming_from_an_older_checkpoint_forgets_the_epochs_after_it(
-    data: Path, tmp_path: Path, call_main: Main
+    data: Path, tmp_path: Path, call_main: Main, capsys: Any
 ) -> None:
-    """Epochs of the discarded part must not live on in checkpoint_best.pth."""
+    """Epochs of the discarded part must not live on in checkpoint_best.pth, nor in others; but they are not lost."""
     assert train(call_main, data, tmp_path / "back", "--epochs", 5, "--save_every", 1) == 0
     path = tmp_path / "back" / "checkpoint_ep002.pth"
+    before = {path.name: path.read_bytes() for path in lct.list_checkpoints(path.parent)}
+    path.with_name("checkpoint_ep004.pth").rename(path.with_name("checkpoint_ep044.pth"))  # no epoch to come writes it
     assert train(call_main, data, tmp_path / "back", "--epochs", 5, "--save_every", 1, "--resume", path) == 0
+    assert "ahead of checkpoint_ep002.pth: checkpoint_ep044.pth, checkpoint_ep005.pth" in capsys.readouterr().out
+    aside = {path.name.split(".old-")[0].replace("044", "004"): path for path in path.parent.glob("*.old-*")}
+    assert {f"checkpoint_{name}.pth" for name in ("ep003", "ep004", "ep005", "last")} <= aside.keys()
+    assert all(path.read_bytes() == before[name] for name, path in aside.items())
+    assert {path.name for path in lct.list_checkpoints(path.parent)} == before.keys()
     best = load_state(tmp_path / "back" / "checkpoint_best.pth")
     events = lct.read_events(tmp_path / "back")
     assert [record["epoch"] for record in epoch_records(tmp_path / "back")] == [1, 2, 3, 4, 5]
