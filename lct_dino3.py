@@ -7896,7 +7896,8 @@ def fit(job: Job, state: TrainState, bank: FeatureBank) -> None:
     """Train from the state's position to the last epoch; evaluate, record and save each epoch."""
     config = job.config
     backbone = backbone_in_training(state, config)
-    feed = ViewCache(job, backbone, bank.get("train")) if config.cache_views else TrainFeed(job, backbone)
+    if not has_ended(config, state.epoch, state.best):  # else only what a finished run leaves is made anew
+        feed = ViewCache(job, backbone, bank.get("train")) if config.cache_views else TrainFeed(job, backbone)
     if not backbone.frozen:  # epochs are evaluated in the training dtype, unlike the best weights at the end
         bank = FeatureBank(job, backbone)
     while not has_ended(config, state.epoch, state.best):

@@ -178,6 +178,15 @@ def test_a_run_keeps_what_was_chosen_at_its_start(
     assert options["cache_views"] == 4 and options["epochs"] == 6
 
 
+def test_a_run_that_has_ended_embeds_no_views(data: Path, tmp_path: Path, call_main: Callable[..., int]) -> None:
+    words = [*FLAGS, "--data_root", data, "--out_dir", tmp_path / "run", "--workers", "0", "--epochs", "1"]
+    assert call_main(*words) == 0
+    for name in ("predictions.csv", "cached_views.f16"):
+        (tmp_path / "run" / name).unlink()
+    assert call_main(*words) == 0
+    assert (tmp_path / "run" / "predictions.csv").exists() and not (tmp_path / "run" / "cached_views.f16").exists()
+
+
 def test_an_interrupted_run_ends_as_one_that_was_not(data: Path, tmp_path: Path, call_main: Callable[..., int]) -> None:
     flags = [*FLAGS, "--data_root", data, "--epochs", "12", "--workers", "0"]
     code, error, _ = end_cli(*flags, out_dir=tmp_path / "ended")
