@@ -2251,7 +2251,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         "class_map": {folder: name for folder, name in class_of.items() if folder != name},
         "image_bits": image_bits,
         "splits": config.splits,
-        **describe_health(listing, health, class_of),
+        **describe_health(listing, health, class_of, config.splits),
         **describe_duplicates(records, duplicates),
         "leaks_prevented": 0 if folders_are_splits else num_leaks,
     }
@@ -3011,7 +3011,9 @@ def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
     return counts.indices[span], counts.data[span]
 
 
-def describe_health(listing: Listing, health: FileHealth, class_of: dict[str, str | None]) -> dict[str, Any]:
+def describe_health(
+    listing: Listing, health: FileHealth, class_of: dict[str, str | None], splits: str
+) -> dict[str, Any]:
     """Return the entries of the data report on single images and folders: quarantine, sizes, modes, orientation, warnings."""
     rows = health.rows[~health.rows["broken"]]
     broken = [*listing.problems, *health.reasons.items()]
@@ -3027,7 +3029,10 @@ def describe_health(listing: Listing, health: FileHealth, class_of: dict[str, st
     for names in by_case.values():
         if (num_classes := len({class_of[name] for name in names} - {None})) > 1:
             notes.append(f"the folders {', '.join(names)} differ only in case: {num_classes} classes")
-    with_cropped = {listing.class_of(path) for path in listing.paths if path.split("/")[-2] == "cropped"}
+    # Not by the name `cropped`, which a class may have.
+    with_cropped = {
+        listing.class_of(path) for path in listing.paths if path.rpartition("/")[0] != class_folder(path, splits)
+    }
     without = sorted({listing.class_of(path) for path in listing.paths} - with_cropped)
     if with_cropped and without:
         listed = ", ".join(without[:10]) + (f" and {len(without) - 10} more" if len(without) > 10 else "")

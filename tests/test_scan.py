@@ -732,6 +732,9 @@ def test_classes_without_cropped_beside_others_with_it_are_named(tmp_path: Path)
         text.startswith("1 class has cropped/, and b, d not") for text in lct.scan_dataset(config).report["warnings"]
     )
     assert any("(.gif)" in text and "1 image beside the class folders" in text for text in warnings)
+    root = put_images(tmp_path / "other", "cropped/1.png", "b/1.png")
+    warnings = lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run")).report["warnings"]
+    assert not any("cropped/" in text for text in warnings), "a class is called cropped"
 
 
 def test_classes_named_like_no_class_or_like_masks_are_asked_about(tmp_path: Path) -> None:
