@@ -3353,7 +3353,12 @@ def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, s
             listing.add_folder(config.data_root, f"{root}{folder}/{dirname}/")
     non_png = [path for path in listing.paths if not path.lower().endswith(".png")]
     refused = dict(listing.problems) | dict.fromkeys(non_png, "is no PNG")
-    return {_mask_key(path): path for path in listing.paths if path not in refused}, refused
+    files: dict[str, str] = {}
+    for path in (path for path in listing.paths if path not in refused):
+        if twin := files.get(_mask_key(path)):
+            refused[twin] = "another file has the same name but for case or Unicode form"
+        files[_mask_key(path)] = path
+    return files, refused
 
 
 def mask_names(config: Config, path: str) -> list[str]:

@@ -243,8 +243,12 @@ def test_a_cutout_without_alpha_and_masks_without_image_or_in_jpeg_are_refused(t
     Image.new("RGB", (40, 30)).save(tree / "a/out.jpg")
     put(tree / "a/masks/broken_mask.png")  # their images are there, though not used
     put(tree / "a/masks/out.png")
+    put(tree / "a/3.png", mode="RGB")
+    put(tree / "a/masks/3_mask.PNG")
+    put(tree / "a/masks/3_mask.png")
     found = scan(tree, exclude=("out.*",))
     assert reasons(found) == {
+        "a/masks/3_mask.PNG": "another file has the same name but for case or Unicode form",
         "a/cutouts/1.png": "has no alpha channel",
         "a/masks/2_mask.png": "has no image",
         "a/masks/1_mask.jpg": "is no PNG",
