@@ -8869,6 +8869,8 @@ def prepare_run(
         unknown_records(config.unknown_dir)
     has_old_run = config.overwrite and config.out_dir.exists()
     squares = SquareFile(config.out_dir, config.img_size, square_room(config))
+    if config.auto_generate_masks and config.sam2_ckpt is None:
+        show("--auto_generate_masks has no --sam2_ckpt: if a crop lacks a mask, the run ends after the scan")
     scan = scan_dataset(config, splits_path, squares if scan_fills_squares(config) else None)
     # Later commands have to read the images of this run in the same way.
     config = dataclasses.replace(config, image_bits=scan.records.image_bits)

@@ -827,7 +827,8 @@ def test_what_the_tool_refuses_ends_training_with_its_message_and_code(
     assert call_main(*args, "--sam2_ckpt", tmp_path / "none.pt") == 2
     assert "--sam2_ckpt" in capfd.readouterr().err and not (tmp_path / "run").exists()
     assert call_main(*args) == 2
-    said = capfd.readouterr().err
+    out, said = capfd.readouterr()
+    assert out.startswith("--auto_generate_masks has no --sam2_ckpt: ")
     assert "--sam2_ckpt: is missing" in said and "curl -LO" in said
     assert "tools/masks.py has ended with exit code 2" in said and "Traceback" not in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
