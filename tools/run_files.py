@@ -333,7 +333,11 @@ class Pictures:
 def load_thumbnail(path: Path, size: int, bits: Sequence[int]) -> Image.Image:
     """Return an upright RGB image, its longer side at most `size` px; `bits` are the --image_bits of the run."""
     with open_picture(path) as source:
+        is_deep = bits and source.mode == "RGB" and ";16" in str(source.tile)  # which Pillow forgets when it decodes
         image = source if source.format == "JPEG" else to_rgb(source, bits)
+        if is_deep:
+            source.load()  # turns a TIFF upright, as OpenCV does
+            image = read_deep_rgb(path, bits) or image
         image.thumbnail((size, size))  # decodes a JPEG at down to an eighth of its size
         image = image.convert("RGB")
         with contextlib.suppress(SyntaxError):  # of damaged EXIF
@@ -343,14 +347,30 @@ def load_thumbnail(path: Path, size: int, bits: Sequence[int]) -> Image.Image:
         return image
 
 
+def read_deep_rgb(path: Path, bits: Sequence[int]) -> Image.Image | None:
+    """Return an image with 16-bit colours as RGB, scaled as in training; None if training, too, took what Pillow reads."""
+    import cv2
+
+    values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # Pillow drops the lower 8 bits
+    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+        return None
+    factor = 255 / (2 ** fitting_bits(values.max(), bits) - 1)
+    bytes_of = np.rint(np.arange(1 << 16) * factor).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(bytes_of[values[:, :, ::-1]])
+
+
+def fitting_bits(highest: float, bits: Sequence[int]) -> int:
+    """Return the smallest of `bits` that holds a value, or the largest if none does; 16 without `bits`."""
+    return next((number for number in sorted(bits) if highest < 2**number), max(bits, default=16))
+
+
 def to_rgb(image: Image.Image, bits: Sequence[int] = ()) -> Image.Image:
     """Return an image of any mode as RGB: deep gray is scaled as in training, transparent pixels become gray."""
     if image.mode.startswith(("I", "F")):  # 16-bit and float gray, which Pillow's conversion clips to white
         values = np.asarray(image, dtype=np.float64)
         highest = values.max()
         is_deep = image.mode.startswith("I;16") or highest > 255 or (image.mode == "I" and bits)
-        bits = [] if image.mode == "F" else sorted(bits)
-        depth = next((number for number in bits if highest < 2**number), max(bits, default=16))
+        depth = fitting_bits(highest, () if image.mode == "F" else bits)
         factor = 255 / (2**depth - 1) if is_deep else 255.0 if image.mode == "F" and highest <= 1 else 1.0
         image = Image.fromarray(np.clip(np.rint(values * factor), 0, 255).astype(np.uint8))
     elif image.has_transparency_data:

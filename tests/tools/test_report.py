@@ -3,6 +3,7 @@
 import base64
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -14,12 +15,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import report
 import report_comparison
 import report_page
 import run_files
+import tifffile
 import torch
 from conftest import FITS, browse, probe
 from PIL import Image
@@ -749,9 +752,12 @@ def test_pictures_and_masks_are_those_of_training(tmp_path: Path) -> None:
         mask = np.asarray(run_files.load_mask(path, False, (50, 30)))
         assert (mask == 255 * lct.load_mask(path, False)).all() and 0 < mask.mean() < 255, (index, image.mode)
     Image.fromarray(gray).save(tmp_path / "gray.png")
-    for bits in ((), (12,), (10, 12), (10,)):
-        shown = np.asarray(run_files.load_thumbnail(tmp_path / "gray.png", 50, bits))
-        assert (shown == lct.load_image(tmp_path / "gray.png", bits)).all(), bits
+    colours = np.dstack([gray, gray // 2, gray[:, ::-1]])
+    cv2.imwrite(str(tmp_path / "colour.png"), colours)
+    tifffile.imwrite(tmp_path / "turned.tif", colours, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+    for name, bits in itertools.product(("gray.png", "colour.png", "turned.tif"), ((), (12,), (10, 12), (10,))):
+        shown = np.asarray(run_files.load_thumbnail(tmp_path / name, 50, bits))
+        assert (shown == lct.load_image(tmp_path / name, bits)).all(), (name, bits)
 
 
 def test_pictures_are_upright_and_of_any_mode(tmp_path: Path) -> None:
