@@ -7637,9 +7637,8 @@ def list_reused_crops(job: Job) -> list[tuple[int, int]]:
 def square_room(config: Config) -> int:
     """Return how many bytes of fitted crops a run may keep: at most --cache_crops, and a quarter of free disk and of memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(
-        min(1e9 * config.cache_crops, free_disk(config.out_dir) / 4, memory / 4)
-    )  # beyond memory, a read is slower than decoding
+    # Beyond memory, a read is slower than decoding.
+    return int(min(1e9 * config.cache_crops, free_disk(config.out_dir) / 4, memory / 4))
 
 
 class FeatureBank:
