@@ -92,6 +92,11 @@ def test_the_head_gives_cosines_with_unit_prototypes() -> None:
     tokens = torch.randn(5, 16)
     expected = F.cosine_similarity(head.mlp(tokens)[:, None], head.prototypes[None], dim=-1)
     torch.testing.assert_close(head(tokens), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(tokens)
+        bottleneck = head.mlp(tokens)
+    expected = F.cosine_similarity(bottleneck.float()[:, None], head.prototypes[None], dim=-1)
+    torch.testing.assert_close(logits, expected)  # of float32: bf16 would be wrong by .002 / --teacher-temp
 
 
 def test_the_teacher_is_the_running_mean_with_its_buffers_and_moves_once() -> None:

@@ -33,7 +33,7 @@ class Target(nn.Module):
     def softmax(self, logits: torch.Tensor) -> torch.Tensor:
         """Return probabilities (N, K) without Sinkhorn: the row of an image does not depend on the rest of the batch."""
         offset = 0 if self.sinkhorn_iterations else self.center
-        return F.softmax((logits.float() - offset) / self.temperature, dim=-1)
+        return F.softmax((logits - offset) / self.temperature, dim=-1)
 
     @torch.no_grad()
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
@@ -41,13 +41,13 @@ class Target(nn.Module):
         if self.sinkhorn_iterations:
             return sinkhorn(logits, self.temperature, self.sinkhorn_iterations)
         probabilities = self.softmax(logits)
-        self.center.lerp_(logits.float().mean(dim=0), 1 - self.center_momentum)
+        self.center.lerp_(logits.mean(dim=0), 1 - self.center_momentum)
         return probabilities
 
 
 def sinkhorn(logits: torch.Tensor, temperature: float, num_iterations: int) -> torch.Tensor:
     """Return the probabilities (N, K) closest to softmax(logits / temperature) that use all K outputs equally often in a batch."""
-    log_plan = logits.float() / temperature  # in logarithms: at low temperatures, whole rows of exp() are 0
+    log_plan = logits / temperature  # in logarithms: at low temperatures, whole rows of exp() are 0
     for _ in range(num_iterations):
         log_plan = log_plan.log_softmax(dim=0).log_softmax(dim=1)
     return log_plan.exp()
@@ -61,7 +61,7 @@ def class_loss(student: torch.Tensor, target: torch.Tensor, temperature: float) 
         target: the teacher's probabilities (G, B, K) of the G global views.
         temperature: temperature of the student.
     """
-    log_probabilities = F.log_softmax(student.float() / temperature, dim=-1)
+    log_probabilities = F.log_softmax(student / temperature, dim=-1)
     num_global = len(target)
     num_views = len(student)
     losses = -torch.einsum("gbk,vbk->gv", target, log_probabilities) / student.shape[1]
@@ -78,7 +78,7 @@ def patch_loss(student: torch.Tensor, target: torch.Tensor, weights: torch.Tenso
         weights: weight (M,) of each patch; the weights sum to 1 if every view has masked patches.
         temperature: temperature of the student.
     """
-    log_probabilities = F.log_softmax(student.float() / temperature, dim=-1)
+    log_probabilities = F.log_softmax(student / temperature, dim=-1)
     return -((target * log_probabilities).sum(dim=-1) * weights).sum()
 
 

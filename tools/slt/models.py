@@ -82,8 +82,13 @@ class DinoHead(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(out_dim, bottleneck_dim) / math.sqrt(bottleneck_dim))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits (..., out_dim) of tokens (..., in_dim); they are cosines."""
-        return F.linear(F.normalize(self.mlp(tokens), dim=-1), F.normalize(self.prototypes, dim=-1))
+        """Return the logits (..., out_dim) of tokens (..., in_dim): cosines in float32, also under autocast.
+
+        The teacher's temperature would multiply the rounding errors of bf16 by 25.
+        """
+        bottleneck = self.mlp(tokens).float()
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(F.normalize(bottleneck, dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
 def init_linear(module: nn.Module) -> None:
