@@ -20,7 +20,7 @@ from slt.views import Images, resize
 HELD_OUT_IMAGES = 512  # most crops for two-view retrieval
 HELD_OUT_SHARE = 0.1  # largest share of the crops to hold out, if no labelled crops serve instead
 KNN_IMAGES = 4000  # most crops of a labelled folder to keep in memory
-MAX_UNREADABLE = 0.1  # tolerated share of the files
+MAX_UNREADABLE = 0.5  # share of the files that are left out if they cannot be read; above it the folder is at fault
 
 
 @dataclass(frozen=True)
@@ -169,5 +169,5 @@ def check_files(paths: Sequence[str], side: int, where: str) -> tuple[list[int],
             squares.append(result)
     if len(problems) > MAX_UNREADABLE * len(paths):
         problem = f"{len(problems)} of {len(paths)} images cannot be read, such as {problems[0]}"
-        raise lct.UserError(problem, where, "mend or remove them; a few are left out")
+        raise lct.UserError(problem, where, "mend or remove them; up to half are left out")
     return readable, np.stack(squares) if side else None
