@@ -202,6 +202,10 @@ def build_state(options: PretrainOptions, device: torch.device) -> State:
         changed = [f"{k}: {saved[k]} -> {v}" for k, v in options.geometry.items() if saved[k] != v]
         if changed:
             raise lct.UserError(f"has another geometry: {', '.join(changed)}", where, "give the model its sizes")
+        normalisation = {"mean": list(options.aug_mean), "std": list(options.aug_std)}
+        changed = [f"{k}: {metadata[k]} -> {v}" for k, v in normalisation.items() if metadata.get(k, v) != v]
+        if changed:
+            lct.show(f"warning: {where}: was trained with another --aug-mean or --aug-std: {', '.join(changed)}")
         fill_model(student.backbone, weights, where)
     student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)

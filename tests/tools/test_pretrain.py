@@ -761,13 +761,18 @@ def test_a_lack_of_memory_names_the_flags_of_this_tool(
     assert "lower --batch-size or --image-size, and start" in capsys.readouterr().err
 
 
-def test_a_run_can_start_from_an_export(crops: Path, finished: Path) -> None:
+def test_a_run_can_start_from_an_export(crops: Path, finished: Path, capsys: pytest.CaptureFixture) -> None:
     words = [*TINY, "--init-from", str(finished / "backbone.pt"), "--train-dir", str(crops), "--output-dir", "x"]
     options = lct.parse_options(pretrain_dino_face.FaceOptions, words, "pretrain_dino_face")
     state = pretrain_utils.build_state(options, torch.device("cpu"))
     exported = torch.load(finished / "backbone.pt", weights_only=True)["model"]
     for networks in (state.student, state.teacher):
         torch.testing.assert_close(networks.backbone.state_dict(), exported, rtol=0, atol=0, check_dtype=True)
+    assert "warning" not in capsys.readouterr().out
+    options = lct.parse_options(pretrain_dino_face.FaceOptions, [*words, "--aug-std", "1", "1", "1"], "x")
+    pretrain_utils.build_state(options, torch.device("cpu"))
+    said = capsys.readouterr().out
+    assert "--aug-mean or --aug-std: std: [0.229, 0.224, 0.225] -> [1.0, 1.0, 1.0]" in said and "mean: " not in said
 
 
 # --- options
