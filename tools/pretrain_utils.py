@@ -466,17 +466,15 @@ def format_epoch(job: Job, state: State, figures: dict[str, float], seconds: flo
 # --- files
 
 
-def describe_run(job: Job, networks: Networks) -> dict[str, Any]:
+def describe_run(job: Job, num_parameters: dict[str, int]) -> dict[str, Any]:
     """Return the content of params.json."""
     options = job.options
-    modules = {"backbone": networks.backbone, "student": networks}
-    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     values = options.as_plain()
     view_prefixes = ("aug_", "global_", "local_", "num_local")
     other_prefixes = (*view_prefixes, "experiment_", "vit_")  # in other entries than "training"
     path_names = ("train_dir", "knn_dir", "output_dir", "export_backbone", "init_from", "config")
     return {
-        "model": {"architecture": ARCHITECTURE, "geometry": options.geometry, "parameters": counts},
+        "model": {"architecture": ARCHITECTURE, "geometry": options.geometry, "parameters": num_parameters},
         "augmentation": {k: v for k, v in values.items() if k.startswith(view_prefixes)},
         "dataset": {
             "images": len(job.data.train),
@@ -584,24 +582,26 @@ def pretrain(options: PretrainOptions) -> None:
     indices = lct.progress(range(num_held_out), num_held_out, "held-out views", "image")
     views = ViewDataset.collate([held_out[ViewKey(0, index)] for index in indices]).global_views
     state = build_state(options, runtime.device)
-    if options.overwrite and options.output_dir.exists() and not options.dry_run:
+    modules = {"backbone": state.student.backbone, "student": state.student}
+    num_parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    summary = (
+        f"{len(data.train):,} crops, {batches.per_epoch} steps an epoch; backbone of {num_parameters['backbone']:,} parameters,"
+        f" with heads {num_parameters['student']:,}; on {runtime.describe()}"
+    )
+    if options.dry_run:
+        lct.create_out_dir(options.output_dir, "--output-dir")
+        path = options.output_dir / "views.png"
+        with lct.atomic_file(path) as file:
+            draw_sheet(ViewDataset(data.train, options.augmentation, options.seed, grid, 0.0)).save(file, "PNG")
+        settings = [f"  {name}: {value}" for name, value in options.as_plain().items()]
+        lct.show("\n".join([summary, *settings, f"written: {path}; nothing is trained (--dry-run)"]))
+        return
+    if options.overwrite and options.output_dir.exists():
         lct.show(f"the old run is now {lct.move_aside(options.output_dir)}")
     with lct.RunDirectory(options.output_dir, "--output-dir", options.checkpoint_history_file) as run:
         job = Job(options, data, runtime, schedule, batches, identity, run, views)
-        description = describe_run(job, state.student)
-        counts = description["model"]["parameters"]
-        run.log(
-            f"{len(data.train):,} crops, {batches.per_epoch} steps an epoch; backbone of {counts['backbone']:,} parameters,"
-            f" with heads {counts['student']:,}; on {runtime.describe()}"
-        )
-        if options.dry_run:
-            dataset = ViewDataset(data.train, options.augmentation, options.seed, grid, 0.0)
-            with lct.atomic_file(options.output_dir / "views.png") as file:
-                draw_sheet(dataset).save(file, "PNG")
-            run.log("\n".join(f"  {name}: {value}" for name, value in options.as_plain().items()))
-            run.log(f"written: {options.output_dir / 'views.png'}; nothing is trained (--dry-run)")
-            return
-        lct.write_json(options.output_dir / "params.json", description)
+        run.log(summary)
+        lct.write_json(options.output_dir / "params.json", describe_run(job, num_parameters))
         start_or_resume(job, state, next(iter(checkpoints.values()), None))
         checkpoints.clear()  # frees their memory
         try:

@@ -832,8 +832,11 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
     assert "parameters" in said and "batch_size: 10" in said
     with Image.open(tmp_path / "run" / "views.png") as sheet:
         assert sheet.size == (5 * 64, 12 * 64)
-    assert not (tmp_path / "run" / "checkpoint_last.pt").exists()
+    assert sorted(os.listdir(tmp_path / "run")) == ["views.png"]
     assert start(crops, tmp_path / "run", "--epochs", 1) == 0  # into the same folder
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert start(crops, tmp_path / "run", "--epochs", 1, "--dry-run") == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 # --- bad input
