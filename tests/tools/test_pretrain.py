@@ -540,6 +540,8 @@ def test_streams_are_fused_frame_by_frame_and_what_was_not_seen_does_not_count(f
         assert torch.equal(other[0, 2], fused[0, 2]) == (name == "hand_left")
         torch.testing.assert_close(other[:, :2], fused[:, :2])
     assert not torch.allclose(encoder(**crops, pose=pose + 1, masks=masks), fused)
+    with pytest.raises(ValueError, match="pose is None, but the encoder was built with it"):
+        encoder(**crops)
 
 
 def test_dino_on_real_crops_gains_what_it_should(shared_data: Path, tmp_path: Path) -> None:

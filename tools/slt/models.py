@@ -209,10 +209,15 @@ class MultiStreamEncoder(nn.Module):
             hand_right: see `face`.
             pose: (B, T, pose_dim), or more dimensions that flatten to it.
             masks: bool (B, T) of a stream: True where it was seen; a learned vector replaces it elsewhere.
+
+        Raises:
+            ValueError: a stream that the encoder was built with is None.
         """
         streams = {"face": face, "hand_left": hand_left, "hand_right": hand_right, "pose": pose}
         fused = 0
         for name, projection in self.projections.items():
+            if streams[name] is None:
+                raise ValueError(f"{name} is None, but the encoder was built with it")
             features = streams[name].flatten(2) if name == "pose" else self._embed(name, streams[name])
             projected = projection(features)
             if masks is not None and name in masks:
