@@ -133,8 +133,12 @@ def read_csv(path: Path, image_paths: Sequence[str]) -> FoundObjects:
     try:
         text = decode_text(read_file(path))
         # The separator of Excel depends on the locale; where it is not ",", decimals may have a comma.
-        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        first_line = text.partition("\n")[0]
+        stated = re.match(r'"?sep=(.)', first_line, re.IGNORECASE)  # a first line for Excel alone
+        delimiter = stated[1] if stated else max(",;\t", key=first_line.count)
         lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        if stated:
+            next(lines.reader)
         lines.fieldnames = [name.strip().lower() for name in lines.fieldnames or ()]
         missing = [name for name in CSV_COLUMNS if name not in lines.fieldnames]
         if missing:

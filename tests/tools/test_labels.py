@@ -296,6 +296,7 @@ SAME_BOX = {
         "a.json", task({"type": "rectangle", "value": {**LABELSTUDIO_BOX, "rectanglelabels": []}}),
     ),
     "table of a country with decimal commas": ("a.csv", "\ufeffImage;x;Y;width;height;class\r\na.jpg;2,0;1,0;8,0;6,0;b\r\n"),
+    "table that states its separator": ("a.csv", "sep=|\r\nimage|x|y|width|height|class\r\na.jpg|2|1|8|6|b\r\n"),
     "table that is typed, with empty rows": (
         "a.csv", 'class, x, y, width, height, image\nb , 2, 1, 8, 6, "a.jpg"\n,,,,,\n , ,,,,\n',
     ),
