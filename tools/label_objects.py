@@ -208,6 +208,8 @@ def _check_images(path: Path, images: list[Any]) -> list[dict[str, Any]]:
     """Return the images that a file lists, each once: merged files repeat some."""
     by_id: dict[Any, dict[str, Any]] = {}
     for item in images:
+        if isinstance(item, dict) and "coco_url" in item:  # LVIS has no file_name
+            item.setdefault("file_name", item["coco_url"])
         for key, types in (("file_name", str), ("id", (int, float, str))):
             if not isinstance(item, dict) or not isinstance(item.get(key), types):
                 raise LabelError(f"has an image without {key}", str(path), "mend the file")

@@ -300,6 +300,14 @@ SAME_BOX = {
     "table that is typed, with empty rows": (
         "a.csv", 'class, x, y, width, height, image\nb , 2, 1, 8, 6, "a.jpg"\n,,,,,\n , ,,,,\n',
     ),
+    "LVIS": (
+        "a.json",
+        {
+            "images": [{"id": 3, "coco_url": "http://images.cocodataset.org/train2017/a.jpg"}],
+            "annotations": [{"image_id": 3, "category_id": 1, "bbox": [2, 1, 8, 6]}],
+            "categories": [{"id": 1, "name": "b"}],
+        },
+    ),
     "task of Label Studio with a caption": (
         "a.json",
         [{
