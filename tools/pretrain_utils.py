@@ -150,7 +150,7 @@ class State:
     batches: int = 0  # finished batches of the next epoch
     step: int = 0
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
-    start: dict[str, float] = dataclasses.field(default_factory=dict)  # figures of the random weights
+    start: dict[str, float] = dataclasses.field(default_factory=dict)  # figures of the initial weights
 
     def pack(self, identity: dict[str, Any]) -> dict[str, Any]:
         """Return the state and the identity of the run as tensors and plain values."""
@@ -413,7 +413,7 @@ def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
     signs = []
     if figures["retrieval"] <= state.start["retrieval"] and figures["retrieval"] < 1:
         signs.append(
-            f"retrieval {figures['retrieval']:.3f} is not above that of random weights, {state.start['retrieval']:.3f}"
+            f"retrieval {figures['retrieval']:.3f} is not above that of the initial weights, {state.start['retrieval']:.3f}"
         )
     if figures["information"] < limit:
         signs.append(f"the teacher's answers hold {figures['information']:.2f} nats, less than {limit:.2f}")
@@ -454,7 +454,7 @@ def format_epoch(job: Job, state: State, figures: dict[str, float], seconds: flo
     columns = [
         f"epoch {state.epoch}/{job.options.epochs}",
         f"loss {figures['loss']:.3f}",
-        f"retrieval {figures['retrieval']:.3f} (random {state.start['retrieval']:.3f})",
+        f"retrieval {figures['retrieval']:.3f} (initial {state.start['retrieval']:.3f})",
         f"information {figures['information']:.2f} of {highest_information(job):.2f}",
     ]
     if "knn_class" in figures:
@@ -686,7 +686,7 @@ def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> N
 
 def describe_start(start: dict[str, float]) -> str:
     """Return the log text of the figures before training; with labelled crops it includes pixels and colours."""
-    text = f"random weights: retrieval {start['retrieval']:.3f}"
+    text = f"initial weights: retrieval {start['retrieval']:.3f}"
     if "knn_pixels" in start:
         text += f", k-NN class token {start['knn_class']:.3f}, mean patch {start['knn_patch']:.3f}"
         text += f"; {measures.PIXEL_SIDE}-px pixels {start['knn_pixels']:.3f}"

@@ -718,7 +718,7 @@ def test_a_collapse_is_said_and_ends_the_run_only_if_asked(
     assert start(crops, tmp_path / "blind", "--warmup-epochs", 1) == 0
     said = capsys.readouterr().out
     assert (
-        said.count("collapsing: retrieval 0.400 is not above that of random weights, 0.400") == 2
+        said.count("collapsing: retrieval 0.400 is not above that of the initial weights, 0.400") == 2
     )  # not while it warms up
     figures = {"retrieval": 1.0, "information": 0.4 * math.log(4)}
     patch_used(pretrain_utils, "evaluate", lambda job, state: figures)
