@@ -54,8 +54,8 @@ def read_labels(source: Path, image_paths: Sequence[str]) -> FoundObjects:
     if detections.class_names == {} and detections.objects:
         place = "in its categories" if source.is_file() else "in a data.yaml or classes.txt beside the labels"
         unread = [] if source.is_file() else [text for text in read_descriptions(source) if isinstance(text, str)]
-        what = "; ".join(["says nowhere what its classes are called", *unread])
-        raise LabelError(what, str(source), f"write their names {place}")
+        reason = "; ".join(["says nowhere what its classes are called", *unread])
+        raise LabelError(reason, str(source), f"write their names {place}")
     return detections
 
 

@@ -118,7 +118,8 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0: linear up to the highest, then a cosine to the lowest."""
-        high, low = self.options.learning_rate, self.options.min_lr
+        high = self.options.learning_rate
+        low = self.options.min_lr
         if step < self.warmup_steps:
             return high * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
@@ -126,7 +127,8 @@ class Schedule:
 
     def momentum(self, step: int) -> float:
         """Return the teacher's momentum at a step: a cosine from the base to the final value."""
-        base, final = self.options.teacher_momentum_base, self.options.teacher_momentum_final
+        base = self.options.teacher_momentum_base
+        final = self.options.teacher_momentum_final
         return final - 0.5 * (final - base) * (1 + math.cos(math.pi * step / self.total_steps))
 
     def freezes_last_layer(self, step: int) -> bool:
@@ -180,11 +182,10 @@ class Job:
     run: lct.RunDirectory
     held_out_views: torch.Tensor  # uint8 (2, N, 3, S, S): two views of each held-out image
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """Return an autocast context for the dtype of the run; with float32 it does nothing."""
-        if self.runtime.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.runtime.device.type, self.runtime.dtype)
+        dtype = self.runtime.dtype
+        return torch.autocast(self.runtime.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def build_state(options: PretrainOptions, device: torch.device) -> State:
@@ -536,7 +537,8 @@ def write_artifacts(job: Job, state: State, export: dict[str, Any] | None = None
         if path.is_file():
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            name, size = str(path.resolve()), path.stat().st_size
+            name = str(path.resolve())
+            size = path.stat().st_size
             entries[name] = {"kind": kind, "path": name, "sha256": digest, "size": size, "metadata": metadata}
     listing = options.output_dir / "artifacts.json"
     with contextlib.suppress(OSError, ValueError):  # the file does not exist yet, or is damaged

@@ -133,7 +133,7 @@ def read_labelled(
     if unknown := sorted(set(classes) - set(names or classes)):
         raise lct.UserError(f"has classes that the gallery lacks: {', '.join(unknown[:3])}", where, "leave them out")
     names = names or classes
-    rows = range(0, len(listing.paths), -(-len(listing.paths) // KNN_IMAGES) or 1)
+    rows = range(0, len(listing.paths), -(-len(listing.paths) // KNN_IMAGES))
     paths = [str((folder / listing.paths[row]).resolve()) for row in rows]
     readable, squares = check_files(paths, options.image_size, where)
     labels = np.array([names.index(class_names[rows[index]]) for index in readable], dtype=np.int64)

@@ -21,7 +21,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 # First entries of the random seeds, so that order, views and masks draw from separate streams.
-ORDER, VIEWS, MASKS = 1, 2, 3
+ORDER = 1
+VIEWS = 2
+MASKS = 3
 ASPECT = (3 / 4, 4 / 3)  # range of the aspect ratio of crops, as in torchvision's RandomResizedCrop
 BLUR_SIGMA = (0.1, 2.0)  # range, in px of a view of 224 px, as in DINO
 SOLARIZE_FROM = 128
@@ -216,7 +218,8 @@ def draw_block_mask(rng: np.random.Generator, grid: int, mean_ratio: float) -> n
         aspect = math.exp(rng.uniform(math.log(BLOCK_ASPECT), -math.log(BLOCK_ASPECT)))
         height = min(grid, max(1, round(math.sqrt(area * aspect))))
         width = min(grid, max(1, round(math.sqrt(area / aspect))))
-        top, left = rng.integers(grid - height + 1), rng.integers(grid - width + 1)
+        top = rng.integers(grid - height + 1)
+        left = rng.integers(grid - width + 1)
         block = mask[top : top + height, left : left + width]
         failures += 1
         if 0 < block.size - int(block.sum()) <= missing:
