@@ -666,7 +666,8 @@ def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> N
     run = job.run
     if payload is not None:
         state.restore(payload)
-    step, epoch = state.step, state.epoch
+    step = state.step
+    epoch = -1 if payload is None else state.epoch  # a fresh start measures the initial weights, epoch 0, again
     kinds = ("iteration", "epoch_end", "best", "start_end")
     run.forget(lambda r: r["event"] in kinds and (r["step"] > step or r["epoch"] > epoch + (r["event"] == "iteration")))
     if payload is not None:
@@ -677,7 +678,6 @@ def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> N
         save_last(job, state)  # after a kill, artifacts.json may be out of date
         run.log(f"resumed at {lct.describe_position(state.epoch, state.batches)}")
         return
-    run.forget(lambda record: record["event"] == "start_end")
     without_network = {"pixels": measures.pixel_features, "colours": measures.colour_features}
     baselines = score_knn(job.data, lambda images: {name: f(images) for name, f in without_network.items()})
     state.start = evaluate(job, state) | baselines
