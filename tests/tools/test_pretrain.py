@@ -323,7 +323,7 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own() -> None:
         }
     assert orders[0] != orders[1]
     batches.first = 3
-    assert [key.index for batch in batches for key in batch] == orders[1][15:] and len(batches) == 1
+    assert [key.index for batch in batches for key in batch] == orders[1][15:]
     batches.is_shuffled, batches.first = False, 0
     assert [key.index for batch in batches for key in batch] == list(range(20))
 
@@ -870,8 +870,9 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
         ("--output-dir {script}", "is neither empty nor a run"),
         ("--knn-dir {one}", "classes need two"),
         ("--knn-dir {crops}/.. {empty}", "empty: holds no folders of images"),
-        ("--knn-dir {single}", "one crop of each class, and each is matched with the others"),
+        ("--knn-dir {single}", "single: holds one crop of each class, and each is matched with the others"),
         ("--knn-dir {spoiled}", "spoiled: 2 of 3 images cannot be read"),
+        ("--knn-dir {unread}", "unread: has readable crops of one class alone"),
         ("--resume", "there is no such checkpoint\n  start afresh with --overwrite, without --resume"),
         ("--resume {text}", "cannot be read as a checkpoint: File is not a zip file\n  start afresh with --overwrite"),
         ("--epochs many", "'many' is not a whole number"),
@@ -888,7 +889,8 @@ def test_bad_input_costs_one_sentence(
     flags: str, said: str, crops: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     places = {
-        name: tmp_path / name for name in ("empty", "one", "none", "broken", "run", "spoiled", "single", "script")
+        name: tmp_path / name
+        for name in ("empty", "one", "none", "broken", "run", "spoiled", "single", "script", "unread")
     }
     for folder in ("empty", "one", "broken", "script"):
         places[folder].mkdir()
@@ -905,8 +907,9 @@ def test_bad_input_costs_one_sentence(
             (places["broken"] / f"{number:02}.png").write_bytes(b"\x89PNG cut off")
     make_dataset(places["spoiled"], {"a": 2, "b": 1})
     make_dataset(places["single"], {"a": 1, "b": 1})
-    for name in "ab":
-        (places["spoiled"] / name / "0000.png").write_bytes(b"\x89PNG cut off")
+    make_dataset(places["unread"], {"a": 1, "b": 2})
+    for name in ("spoiled/a", "spoiled/b", "unread/a"):
+        (tmp_path / name / "0000.png").write_bytes(b"\x89PNG cut off")
     words = flags.format(**places).split()
     base = {"--train-dir": crops, "--output-dir": tmp_path / "run"}
     given = [word for flag, value in base.items() if flag not in words for word in (flag, value)]

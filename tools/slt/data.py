@@ -56,12 +56,17 @@ def read_data(options: PretrainOptions) -> Data:
     labelled_paths: list[str] = []
     if options.knn_dir:
         gallery, labelled_paths, names = read_labelled(options, options.knn_dir[0], None)
+        where = f"{options.place('knn_dir')} {options.knn_dir[0]}"
+        num_classes = len(np.unique(gallery.labels))
+        if num_classes < 2:
+            problem = "has readable crops of one class alone, and classes need two"
+            raise lct.UserError(problem, where, "mend or remove the others")
         if len(options.knn_dir) > 1:
             queries, labelled_paths, _ = read_labelled(options, options.knn_dir[1], names)
-        elif len(np.unique(gallery.labels)) == len(gallery.labels):
+        elif num_classes == len(gallery.labels):
             problem = "holds one crop of each class, and each is matched with the others"
             remedy = "give more crops, or a second folder with queries"
-            raise lct.UserError(problem, options.describe("knn_dir"), remedy)
+            raise lct.UserError(problem, where, remedy)
     order = np.random.default_rng((0, options.seed)).permutation(len(readable))
     num_held_out = 0 if labelled_paths else min(HELD_OUT_IMAGES, max(2, int(HELD_OUT_SHARE * len(readable))))
     train_rows = np.sort(order[num_held_out:])
