@@ -244,9 +244,6 @@ class EpochBatches:
         """Batches per epoch; images that do not fill a batch are left out, with shuffling other ones in each epoch."""
         return self.num_images // self.batch_size
 
-    def __len__(self) -> int:
-        return max(0, self.per_epoch - self.first)
-
     def __iter__(self) -> Iterator[list[ViewKey]]:
         order = np.arange(self.num_images)
         if self.is_shuffled:
