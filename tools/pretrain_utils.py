@@ -412,7 +412,8 @@ def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
         return ""
     limit = MIN_INFORMATION * highest_information(job)
     signs = []
-    if figures["retrieval"] <= state.start["retrieval"] and figures["retrieval"] < 1:
+    is_random = job.options.init_from is None  # trained weights may lose a little
+    if is_random and figures["retrieval"] <= state.start["retrieval"] and figures["retrieval"] < 1:
         signs.append(
             f"retrieval {figures['retrieval']:.3f} is not above that of the initial weights, {state.start['retrieval']:.3f}"
         )

@@ -269,7 +269,7 @@ def test_a_signal_reaches_what_is_running(tmp_path: Path, until: str) -> None:
     words = [sys.executable, REPO / "tools" / "demo.py", "--images_per_class", "12", "--epochs", "500", "--gpus", "0"]
     with open(tmp_path / "said.txt", "w") as said:
         process = subprocess.Popen(list(map(str, words)), cwd=tmp_path, stdout=said, stderr=said)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while until not in (tmp_path / "said.txt").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

@@ -698,7 +698,7 @@ def test_retrieval_is_measured_with_one_yardstick_whatever_is_trained_with(crops
 
 
 def test_a_collapse_is_said_and_ends_the_run_only_if_asked(
-    crops: Path, tmp_path: Path, capsys: pytest.CaptureFixture, patch_used: Callable
+    crops: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, patch_used: Callable
 ) -> None:
     """Answers that are the same for all images; features that tell less than at random."""
     figures = {
@@ -720,6 +720,8 @@ def test_a_collapse_is_said_and_ends_the_run_only_if_asked(
     assert (
         said.count("collapsing: retrieval 0.400 is not above that of the initial weights, 0.400") == 2
     )  # not while it warms up
+    trained = ("--init-from", finished / "backbone.pt")
+    assert start(crops, tmp_path / "on", "--warmup-epochs", 0, *trained, "--stop-on-collapse") == 0
     figures = {"retrieval": 1.0, "information": 0.4 * math.log(4)}
     patch_used(pretrain_utils, "evaluate", lambda job, state: figures)
     assert start(crops, tmp_path / "easy", "--stop-on-collapse", "--warmup-epochs", 0) == 0
