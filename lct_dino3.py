@@ -1385,7 +1385,8 @@ def check_form(value: Any, form: Any, name: str = "it") -> None:
     {str: form} for every value of a mapping.
     """
     types = form if isinstance(form, tuple) else (form if isinstance(form, type) else type(form),)
-    if not isinstance(value, types):
+    accepts_bool = bool in types or object in types  # to Python, True is an int
+    if not isinstance(value, types) or (isinstance(value, bool) and not accepts_bool):
         expected = " or ".join(expected_type.__name__ for expected_type in types)
         raise ValueError(f"{name} is of type {type(value).__name__}, not {expected}")
     if isinstance(form, list):

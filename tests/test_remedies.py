@@ -266,6 +266,7 @@ ODD_FILES = {
     "config: list": (write("config.json", "[]"), EVALUATE, "config.json"),
     "config: no options": (edit_json("config.json", options=5), EVALUATE, "options is of type int"),
     "best: epoch": (edit_checkpoint("checkpoint_best.pth", epoch="1"), EVALUATE, "epoch is of type str"),
+    "best: flag": (edit_checkpoint("checkpoint_best.pth", epoch=True), EVALUATE, "epoch is of type bool, not int"),
     "best: identity": (edit_checkpoint("checkpoint_best.pth", identity={}), EVALUATE, "identity has no class_names"),
     "best: model": (edit_checkpoint("checkpoint_best.pth", model={"head": 5}), EVALUATE, "model.head is of type int"),
     "report: config": (edit_json("config.json", data={}), REPORT, "classes"),
