@@ -6148,9 +6148,12 @@ class Matcher(nn.Module):
     def __init__(self, vectors: np.ndarray, labels: np.ndarray, num_nearest: np.ndarray) -> None:
         """Arrange unit vectors float32 (P, D) that are sorted by their labels (P,).
 
-        The score of a class averages `num_nearest` int (C,) vectors, or all if it has fewer; a class without vectors scores -1.
+        The score of a class averages `num_nearest` int (C,) vectors, or all if it has fewer; a class without vectors scores -1, as
+        does one whose only vector is zero, the centroid of no references.
         """
         super().__init__()
+        if not (is_given := vectors.any(axis=1)).all():
+            vectors, labels = vectors[is_given], labels[is_given]
         self.has_enrolled = False
         sizes = np.bincount(labels, minlength=len(num_nearest))
         used = np.minimum(np.maximum(num_nearest, 1), sizes)
@@ -6718,7 +6721,8 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
     """Write the gallery's answers to crops of known classes as a CSV file, one row for each view of a crop.
 
     `answer` is the nearest class, even where `is_unknown` says that its score lies below the threshold. A cosine is the similarity
-    that the gallery's matcher computes. `nearest_reference` belongs to the answered class, `nearest_of_class` to the true one.
+    that the gallery's matcher computes. `nearest_reference` belongs to the answered class, `nearest_of_class` to the true one; it is
+    empty if that class has no reference.
     """
     labels, scores = gallery.judge(embedded.values, embedded.labels)
     answers, true_labels, runners_up = labels.T
@@ -6739,10 +6743,12 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
         "runner_up_cosine": np.where(has_runner_up, cosines[:, 2], ""),
         "class_cosine": cosines[:, 1],
     }
+    reference_paths = np.array([*gallery.stack_paths, ""], object)  # at -1, no reference
+    reference_views = np.append(view_names[gallery.stack_views], "")
     for name, class_labels in (("nearest_reference", answers), ("nearest_of_class", true_labels)):
         nearest = nearest_references(gallery, embedded.values, class_labels)
-        columns[name] = [gallery.stack_paths[position] for position in nearest]
-        columns[f"{name}_view"] = view_names[gallery.stack_views[nearest]]
+        columns[name] = reference_paths[nearest]
+        columns[f"{name}_view"] = reference_views[nearest]
     columns["mask"] = [records.mask_of(row, VIEW_NAMES.index("mask")) for row in rows]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -6752,8 +6758,8 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
 
 
 def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the position in the stacks of each query's nearest reference with the label given for it, int64 (Q,); 0 if none."""
-    nearest = np.zeros(len(queries), dtype=np.int64)
+    """Return the position in the stacks of each query's nearest reference with the label given for it, int64 (Q,); -1 if none."""
+    nearest = np.full(len(queries), -1)
     by_class = rows_by_class(gallery.stack_labels, len(gallery.class_names))
     for label in np.unique(labels).tolist():
         rows = by_class[label]

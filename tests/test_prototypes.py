@@ -44,6 +44,8 @@ def test_centroids_are_unit_means_and_an_empty_class_matches_nothing() -> None:
     expected = values[labels == 1].mean(axis=0)
     np.testing.assert_allclose(centroids[1], expected / np.linalg.norm(expected), atol=1e-6)
     assert centroids.dtype == np.float32 and (centroids[3] == 0).all()
+    scores = lct.Matcher(centroids, np.arange(4), np.ones(4, int)).score(-values)
+    assert scores.argmax(axis=1).max() < 3 and (scores[:, 3] == -1).all(), "also for queries that are like no class"
 
 
 @pytest.mark.parametrize("k", [1, 3, 100])

@@ -422,6 +422,10 @@ def test_a_class_whose_training_images_vanish_is_named_and_costs_the_class(
     assert "without a readable training image, and never recognised: b\n" in log
     baseline = next(event for event in lct.read_events(tmp_path / "run") if event["event"] == "baseline_end")
     assert baseline["test"]["logreg_acc"] == 0.5
+    with open(tmp_path / "run" / "predictions.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["class"] == "b"]
+    blanks = [(row["answer"], row["nearest_of_class"], row["nearest_of_class_view"]) for row in rows]
+    assert set(blanks) == {("a", "", "")}, "there is no reference of b"
 
 
 def test_without_a_test_split_there_is_no_test(data: Path, tmp_path: Path, call_main: Main) -> None:

@@ -99,7 +99,7 @@ class Prelabel(NamedTuple):
     runner_up: int  # second most similar class, -1 if the gallery has only one class
     margin: float  # cosine minus the runner-up's; 2 without a runner-up
     reference: int  # nearest reference of that class, an index into the gallery's stacks
-    rival: int  # nearest reference of the runner-up, -1 without a runner-up
+    rival: int  # nearest reference of the runner-up, -1 without one
 
 
 class AnsweredImage(NamedTuple):

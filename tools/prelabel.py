@@ -523,7 +523,7 @@ def _make_card(prelabels: Prelabels, data_root: Path, image: AnsweredImage, item
         figures += f", margin {item.margin:.3f}"
     edges = geometry.pad_box(item.box, prelabels.box_pad, *image.size)
     reference_path = gallery.stack_paths[item.reference]
-    rival_path = gallery.stack_paths[item.rival] if has_second else None
+    rival_path = gallery.stack_paths[item.rival] if item.rival >= 0 else None
     return {
         "path": image.path,
         "answer": prelabels.names[prelabels.number(item)],
@@ -534,7 +534,7 @@ def _make_card(prelabels: Prelabels, data_root: Path, image: AnsweredImage, item
         "reason": reason,
         "crop": _make_picture(prelabels.detections.root / image.path, edges, prelabels.detections.image_bits),
         "reference": _make_picture(data_root / reference_path, bits=prelabels.detections.image_bits),
-        "rival": _make_picture(data_root / rival_path, bits=prelabels.detections.image_bits) if has_second else None,
+        "rival": _make_picture(data_root / rival_path, bits=prelabels.detections.image_bits) if rival_path else None,
         "reference_path": reference_path,
         "rival_path": rival_path,
     }

@@ -69,7 +69,7 @@ class Prediction:
     probability: float
     class_cosine: float
     nearest_reference: Shot  # of the answered class
-    nearest_of_class: Shot
+    nearest_of_class: Shot  # without a path if the class has no reference
     mask: str
 
     @property
@@ -326,7 +326,7 @@ class Pictures:
 
     def uri(self, shot: Shot | None) -> str | None:
         """Return a thumbnail as a data URI, None without an image."""
-        image = self.load(shot, CARD_THUMB_PX) if shot else None
+        image = self.load(shot, CARD_THUMB_PX) if shot and shot.path else None
         return jpeg_uri(image) if image else None
 
 

@@ -505,6 +505,11 @@ def test_unreadable_and_missing_pictures_become_placeholders(
     assert "cannot be read" not in capsys.readouterr().err, "the other run's folder has them"
 
 
+def test_a_class_without_a_reference_lacks_no_picture(tmp_path: Path) -> None:
+    pictures = run_files.Pictures(run_files.read_run(MadeRun(tmp_path).write()), None)
+    assert pictures.uri(run_files.Shot("", "")) is None and not pictures.missing
+
+
 def test_a_page_does_not_lie_among_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = MadeRun(tmp_path)
     out = tmp_path / "data" / "page.html"
