@@ -6721,8 +6721,8 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
     """Write the gallery's answers to crops of known classes as a CSV file, one row for each view of a crop.
 
     `answer` is the nearest class, even where `is_unknown` says that its score lies below the threshold. A cosine is the similarity
-    that the gallery's matcher computes. `nearest_reference` belongs to the answered class, `nearest_of_class` to the true one; it is
-    empty if that class has no reference.
+    that the gallery's matcher computes. `nearest_reference` belongs to the answered class, `nearest_of_class` to the true one, and
+    is empty if that class has none.
     """
     labels, scores = gallery.judge(embedded.values, embedded.labels)
     answers, true_labels, runners_up = labels.T
@@ -7325,9 +7325,11 @@ def sum_by_class(embeddings: np.ndarray, labels: np.ndarray, num_classes: int) -
 
 
 def take_prototypes(gallery: Gallery, prototypes: Sequence[np.ndarray]) -> Gallery:
-    """Return the gallery with the given prototypes, an array (n, D) per class."""
+    """Return the gallery with the given prototypes, an array (n, D) per class; if none has several, centroids match."""
     labels = np.repeat(np.arange(len(prototypes)), list(map(len, prototypes)))
-    return dataclasses.replace(gallery, prototypes=np.concatenate(prototypes), prototype_labels=labels)
+    gallery = dataclasses.replace(gallery, prototypes=np.concatenate(prototypes), prototype_labels=labels)
+    is_idle = gallery.matcher == "prototypes" and gallery.most_prototypes == 1
+    return dataclasses.replace(gallery, matcher="centroid") if is_idle else gallery
 
 
 def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
@@ -7411,7 +7413,6 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
         raise UserError(problem, f"--remove {name}", "train a run with the classes that are left")
     keep_masks = {  # by the letter of an array's first axis
         "C": np.arange(len(gallery.class_names)) != label,
-        "P": gallery.prototype_labels != label,
         "N": gallery.stack_labels != label,
     }
     fields: dict[str, Any] = {"is_pooled": gallery.is_pooled[keep_masks["C"]]}
@@ -7421,10 +7422,13 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
     for field, kind, axes in GALLERY_ARRAYS.values():
         if axes[:1] in keep_masks:
             values = np.array(getattr(gallery, field))[keep_masks[axes[0]]]
-            if field in ("prototype_labels", "stack_labels"):
-                values -= values > label
             fields[field] = tuple(values.tolist()) if kind == "U0" else values
-    return dataclasses.replace(gallery, **fields)
+    fields["stack_labels"] -= fields["stack_labels"] > label
+    prototypes = [
+        gallery.prototypes[rows] for rows in rows_by_class(gallery.prototype_labels, len(gallery.class_names))
+    ]
+    del prototypes[label]
+    return take_prototypes(dataclasses.replace(gallery, **fields), prototypes)
 
 
 def format_gallery(gallery: Gallery) -> str:
@@ -8731,7 +8735,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
         back_up_gallery(path, {*gallery.class_names, removed}, show)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
-    if added_names and gallery.matcher != run.gallery.matcher:
+    if added_names and (run.gallery.matcher, gallery.matcher) == ("knn", "centroid"):
         show("classes are matched by their centroids now: nearest references hardly find those that have few")
     for sentence in describe_enrolled(gallery, added_names):
         show(sentence)

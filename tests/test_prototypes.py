@@ -273,6 +273,19 @@ def test_auto_splits_classes_only_if_that_is_no_accident() -> None:
     assert lct.try_several_prototypes(plain, references, few).matcher == "centroid"
 
 
+def test_where_no_class_has_several_prototypes_any_more_centroids_match() -> None:
+    """Whether that class is taken out, or does not split with the crops it has got."""
+    references, val = draw_two_sides(20, 1), draw_two_sides(20, 2)
+    config = lct.Config(prototypes_per_class="2", max_refs_per_class=2)
+    gallery = lct.build_gallery(make_records(160), references, val, config)
+    first = gallery.prototypes[gallery.prototype_labels == 0]
+    gallery = lct.take_prototypes(gallery, [first, *gallery.centroids[1:, None]])
+    added = references.take(np.flatnonzero(references.labels == 0)[:1])._replace(rows=np.zeros(1, int))
+    smaller, grown = lct.remove_class(gallery, "class 0"), lct.enrol(gallery, added, ["class 0"], ["/new.jpg"])
+    assert [each.matcher for each in (gallery, smaller, grown)] == ["prototypes", "centroid", "centroid"]
+    np.testing.assert_array_equal(smaller.prototypes, smaller.centroids)
+
+
 def test_a_single_picture_that_is_far_off_gets_no_prototype() -> None:
     rng = np.random.default_rng(0)
     values = np.concatenate([np.eye(8)[[0, 1]].repeat(15, axis=0) + 0.05 * rng.normal(size=(30, 8)), -np.ones((1, 8))])
