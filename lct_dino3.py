@@ -8577,6 +8577,7 @@ MASK_FLAGS = (
 GALLERY_OPTIONS = (
     "unknown_dir target_precision max_refs_per_class prototypes_per_class matcher match_features"
 ).split()
+LOCATIONS = ("data_root", "masks_out", "class_map")  # options of training whose files may have moved since
 
 
 def run_scan(config: Config) -> None:
@@ -8752,12 +8753,17 @@ def choose_action(config: PrototypesOptions) -> str:
         raise UserError("does one thing at a time", "prototypes", "give --list, --add DIR or --remove CLASS")
     if not actions:
         return ""
-    idle = [name for name in GALLERY_OPTIONS if name in config.origins]
-    if (actions, idle) == (["--add"], ["target_precision"]):
-        return "--add"  # `add_classes` compares it with that of the gallery
+    idle = config.origins.keys() & {*GALLERY_OPTIONS, *LOCATIONS, "exclude"}
+    if actions == ["--add"]:
+        idle -= {
+            *LOCATIONS,
+            "exclude",
+            "target_precision",
+        }  # `add_classes` compares the precision with that of the gallery
     if idle:
-        remedy = f"leave it out, or make the gallery anew with it first, without {actions[0]}"
-        raise UserError(f"has no effect beside {actions[0]}", ", ".join(map(config.flag, idle)), remedy)
+        more = "" if idle == {"exclude"} else f", or make the gallery anew with it first, without {actions[0]}"
+        where = ", ".join(map(config.flag, sorted(idle)))
+        raise UserError(f"has no effect beside {actions[0]}", where, f"leave it out{more}")
     return actions[0]
 
 
@@ -8781,9 +8787,11 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
 
 
 def choose_options(trained: Config, typed: RunOptions) -> Config:
-    """Return the run's options with those replaced that this command may set, of the gallery and the location of the data."""
-    names = {"data_root", "masks_out", "class_map", *GALLERY_OPTIONS}
-    given = {name: getattr(typed, name) for name in names & typed.origins.keys()}
+    """Return the run's options with those replaced that this command may set. Raises UserError for --exclude, which it may not."""
+    if "exclude" in typed.origins:
+        problem = "has no effect on the images of the run itself, which its splits.json lists"
+        raise UserError(problem, typed.flag("exclude"), "leave it out")
+    given = {name: getattr(typed, name) for name in {*LOCATIONS, *GALLERY_OPTIONS} & typed.origins.keys()}
     return dataclasses.replace(trained, origins={**trained.origins, **typed.origins}, **given)
 
 

@@ -304,6 +304,10 @@ def test_with_several_prototypes_a_class_enrolling_and_removing_keep_them_apart(
         (("prototypes", "--run", "RUN", "--list", "--remove", "axe"), "one thing at a time"),
         (("prototypes", "--run", "RUN", "--add", "nowhere"), "does not exist"),
         (("prototypes", "--run", "RUN", "--remove", "axe", "--no-match_features"), "has no effect beside --remove"),
+        (("prototypes", "--run", "RUN", "--remove", "axe", "--exclude", "*_bad*"), "--exclude: has no effect beside"),
+        (("prototypes", "--run", "RUN", "--list", "--class_map", "RUN/config.json"), "has no effect beside --list"),
+        (("prototypes", "--run", "RUN", *QUIET, "--exclude", "*_bad*"), "no effect on the images of the run itself"),
+        (("evaluate", "--run", "RUN", *QUIET, "--exclude", "*_bad*"), "no effect on the images of the run itself"),
         (("evaluate", "--run", "nowhere"), "does not exist"),
         (("evaluate", "--run", "RUN", "--unknown_dir", "nowhere"), "does not exist"),
     ],
@@ -311,7 +315,7 @@ def test_with_several_prototypes_a_class_enrolling_and_removing_keep_them_apart(
 def test_bad_words_cost_one_sentence(
     run_dir: Path, call_main: Main, capsys: pytest.CaptureFixture, words: tuple[str, ...], text: str
 ) -> None:
-    assert call_main(*(run_dir if word == "RUN" else word for word in words)) == 2
+    assert call_main(*(word.replace("RUN", str(run_dir)) for word in words)) == 2
     assert text in capsys.readouterr().err
 
 
