@@ -8630,7 +8630,7 @@ def run_evaluate(config: EvaluateOptions) -> None:
         split = config.split if config.is_of_run else None
         measured = {"data": source, "split": split, "images": len(np.unique(known.rows)), **figures}
         write_json(run.path / "evaluation.json", measured)
-        if num_seen := count_references(embedded, run.gallery):
+        if num_seen := count_references(embedded, records, run):
             images = f"{num_seen:,} of {count_of(len(np.unique(embedded.rows)), 'image')}"
             show(f"warning: {images} are references of the gallery: the figures are better than those of new images")
         show(f"the run matches by: {MATCHER_NAMES[run.gallery.matcher]}")
@@ -8674,12 +8674,17 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     return records, np.arange(len(records.paths))
 
 
-def count_references(embedded: Embedded, gallery: Gallery) -> int:
-    """Return how many images are references of the gallery themselves, wherever their files are: the cosine to one is 1."""
+def count_references(embedded: Embedded, records: Records, run: TrainedRun) -> int:
+    """Return how many images are references of the gallery: its files, and copies, if their cosine to one is 1.
+
+    In another precision than the gallery's, copies are not told from images that only look alike, and not counted.
+    """
+    references = {(run.config.data_root / path).resolve() for path in run.gallery.stack_paths}
+    is_file = [(records.root / records.paths[row]).resolve() in references for row in embedded.rows.tolist()]
     (nearest,) = reduce_scores(
-        lambda block: block @ gallery.stacks.T, embedded.values, lambda cosine, _: (cosine.max(axis=1),)
+        lambda block: block @ run.gallery.stacks.T, embedded.values, lambda cosine, _: (cosine.max(axis=1),)
     )
-    return len(np.unique(embedded.rows[nearest > 1 - 1e-6]))
+    return len(np.unique(embedded.rows[is_file | (nearest > 1 - 1e-6)]))
 
 
 def format_measures(figures: dict[str, Any]) -> str:

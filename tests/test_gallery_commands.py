@@ -101,6 +101,9 @@ def test_evaluate_takes_another_folder_and_its_foreign_classes_are_unknown(
         shutil.copy(trained[0] / path, other / "axe" / f"copy of {Path(path).name}")
     assert call_main("evaluate", "--run", run_dir, "--data_root", other, *QUIET) == 0
     assert "warning: 2 of 16 images are references of the gallery" in capsys.readouterr().out
+    num_references = len(lct.load_gallery(run_dir / "prototypes.npz")[0].stacks)
+    assert call_main("evaluate", "--run", run_dir, "--data_root", trained[0], "--precision", "bf16", *QUIET) == 0
+    assert f"warning: {num_references} of 99 images are references" in capsys.readouterr().out, "also of other cosines"
     only_foreign = new_class(tmp_path / "foreign", "stranger", 9)
     (only_foreign / "axe").mkdir()  # a class without images is none to measure
     assert call_main("evaluate", "--run", run_dir, "--data_root", only_foreign, *QUIET) == 2
