@@ -7405,14 +7405,15 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
     if name not in gallery.class_names:
         remedy = did_you_mean(name, gallery.class_names, f"it has {', '.join(gallery.class_names[:8])}")
         raise UserError(f"there is no class {printable(name)}", "--remove", remedy)
-    if len(gallery.class_names) <= 2:
+    num_classes = len(gallery.class_names)
+    if num_classes <= 2:
         raise UserError("would leave one class only", f"--remove {name}", "a gallery needs two")
     label = gallery.class_names.index(name)
     if np.delete(gallery.is_enrolled, label).all():
         problem = "is the last class that the run was trained on: the scores of enrolled ones are relative to such"
         raise UserError(problem, f"--remove {name}", "train a run with the classes that are left")
     keep_masks = {  # by the letter of an array's first axis
-        "C": np.arange(len(gallery.class_names)) != label,
+        "C": np.arange(num_classes) != label,
         "N": gallery.stack_labels != label,
     }
     fields: dict[str, Any] = {"is_pooled": gallery.is_pooled[keep_masks["C"]]}
@@ -7424,9 +7425,7 @@ def remove_class(gallery: Gallery, name: str) -> Gallery:
             values = np.array(getattr(gallery, field))[keep_masks[axes[0]]]
             fields[field] = tuple(values.tolist()) if kind == "U0" else values
     fields["stack_labels"] -= fields["stack_labels"] > label
-    prototypes = [
-        gallery.prototypes[rows] for rows in rows_by_class(gallery.prototype_labels, len(gallery.class_names))
-    ]
+    prototypes = [gallery.prototypes[rows] for rows in rows_by_class(gallery.prototype_labels, num_classes)]
     del prototypes[label]
     return take_prototypes(dataclasses.replace(gallery, **fields), prototypes)
 
