@@ -8758,12 +8758,8 @@ def choose_action(config: PrototypesOptions) -> str:
     if not actions:
         return ""
     idle = config.origins.keys() & {*GALLERY_OPTIONS, *LOCATIONS, "exclude"}
-    if actions == ["--add"]:
-        idle -= {
-            *LOCATIONS,
-            "exclude",
-            "target_precision",
-        }  # `add_classes` compares the precision with that of the gallery
+    if actions == ["--add"]:  # `add_classes` compares the precision with that of the gallery
+        idle -= {*LOCATIONS, "exclude", "target_precision"}
     if idle:
         more = "" if idle == {"exclude"} else f", or make the gallery anew with it first, without {actions[0]}"
         where = ", ".join(map(config.flag, sorted(idle)))
