@@ -248,7 +248,8 @@ class Nursery:
         env |= {name: str(len(ranks)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         output = self._folder / f"output{next(self._number)}"
         for rank, rank_job in enumerate(ranks):
-            rank_job |= {"env": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, "output": f"{output}.{rank}.txt"}
+            of_rank = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | rank_job.get("env", {})
+            rank_job |= {"env": of_rank, "output": f"{output}.{rank}.txt"}
         codes = self._ask({"argv": [str(arg) for arg in argv], "ranks": ranks, **job})
         return [
             (code, Path(rank_job["output"]).read_text("utf-8", "replace"))

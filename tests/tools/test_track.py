@@ -23,7 +23,7 @@ from typing import Any
 import filelock
 import pytest
 import track
-from conftest import REPO, SCRIPT, make_dataset
+from conftest import REPO, make_dataset
 from killing import Nursery, kill
 
 import lct_dino3 as lct
@@ -355,11 +355,10 @@ def seconds_waited(run: Path) -> float:
     return time.mktime(time.strptime(stamp, "%Y-%m-%d %H:%M:%S")) + 0.5 - lct.read_events(run)[-1]["time"]
 
 
-def fake_tools(tmp_path: Path, program: str) -> Path:
-    """Return a copy of the script beside a tracker of another kind."""
-    (tmp_path / "copy" / "tools").mkdir(parents=True)
-    (tmp_path / "copy" / "tools" / "track.py").write_text(program)
-    return Path(shutil.copy(SCRIPT, tmp_path / "copy"))
+def train_beside(tools: str, *argv: str) -> int:
+    """Train with the tools of another folder, in a forked process."""
+    lct.TOOLS_DIR = Path(tools)
+    return lct.main(argv)
 
 
 @pytest.mark.parametrize(
@@ -371,18 +370,21 @@ def fake_tools(tmp_path: Path, program: str) -> Path:
     ],
     ids=["hangs", "crashes", "is not there"],
 )
-def test_a_tracker_neither_stops_nor_outlives_the_run(data: Path, tmp_path: Path, program: str, said: str) -> None:
-    script = fake_tools(tmp_path, program)
-    if not program:
-        shutil.rmtree(script.parent / "tools")
-    words = [sys.executable, script, "--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, "--use_clearml"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+def test_a_tracker_neither_stops_nor_outlives_the_run(
+    nursery: Nursery, data: Path, tmp_path: Path, program: str, said: str
+) -> None:
+    tools = tmp_path / "tools"
+    if program:
+        tools.mkdir()
+        (tools / "track.py").write_text(program)
+    flags = ("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, "--epochs", 1, "--use_clearml")
+    code, text = nursery.run(tools, *flags, function=("tools.test_track", "train_beside"))
+    assert code == 0 and said in text, text
     assert said in (tmp_path / "run" / "train.log").read_text("utf-8")
     assert lct.read_events(tmp_path / "run")[-1]["status"] == "completed"
     if "was ended" in said:
         assert 3.9 < seconds_waited(tmp_path / "run") < 5.5
-    if match := re.search(r"tracked by process (\d+)", done.stdout):
+    if match := re.search(r"tracked by process (\d+)", text):
         with pytest.raises(ProcessLookupError):
             os.kill(int(match[1]), 0)
 
@@ -449,7 +451,7 @@ def test_a_server_that_fails_later_is_replaced_by_an_offline_record_of_all(
 
 
 def test_a_run_with_a_silent_server_ends_within_five_seconds(
-    data: Path, tmp_path: Path, no_server: dict[str, str]
+    nursery: Nursery, data: Path, tmp_path: Path, no_server: dict[str, str]
 ) -> None:
     handler = type("Handler", (Server,), {"kind": "falls silent"})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -457,11 +459,11 @@ def test_a_run_with_a_silent_server_ends_within_five_seconds(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         hosts = {f"CLEARML_{name}_HOST": address for name in ("API", "WEB", "FILES")}
-        env = {**os.environ, **no_server, **hosts, "CLEARML_API_ACCESS_KEY": "k", "CLEARML_API_SECRET_KEY": "s"}
-        words = [sys.executable, SCRIPT, "--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, "--use_clearml"]
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=env, timeout=240, check=False)
+        env = {**no_server, **hosts, "CLEARML_API_ACCESS_KEY": "k", "CLEARML_API_SECRET_KEY": "s"}
+        flags = ("--data_root", data, "--out_dir", tmp_path / "run", *FLAGS, "--use_clearml")
+        code, text = nursery.run(*flags, env=env)
         server.shutdown()
-    assert done.returncode == 0 and "the tracker had not finished" in done.stdout, done.stdout + done.stderr
+    assert code == 0 and "the tracker had not finished" in text, text
     assert 3.9 < seconds_waited(tmp_path / "run") < 5.5
     record(tmp_path / "run", "--clearml", env=no_server)
     assert read_session(tmp_path / "run")[1], "later, the same run is recorded by hand"
