@@ -21,9 +21,14 @@ def test_a_row_is_measured_in_forks_and_printed() -> None:
     assert line.startswith("1M records") and line.count(" MB") == 4 and line.count(" x") == 2 and line.endswith("pass")
 
 
-def test_a_row_that_is_not_there_is_refused_with_those_that_are() -> None:
-    done = subprocess.run([sys.executable, RUNNER, "no such row"], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2 and "train item" in done.stderr
+def test_a_row_that_is_not_there_is_refused_with_those_that_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(sys, "argv", [RUNNER, "no such row"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(RUNNER)["main"]()
+    assert "train item" in capsys.readouterr().err
 
 
 def test_the_text_that_each_fault_replaces_is_there_once() -> None:
