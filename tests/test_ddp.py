@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from conftest import REPO, SCRIPT, make_dataset
 from killing import Nursery, differences, do, fail, kill
 from timm.layers import BatchNormAct2d
@@ -356,20 +357,22 @@ def test_torchrun_starts_again_what_was_killed(data: Path, alone: Path, tmp_path
     assert kinds.count("resumed") == 1
 
 
-def test_two_machines_do_what_one_does(data: Path, alone: Path, tmp_path: Path) -> None:
+def launch(*argv: str) -> int:
+    """Be a torchrun, which starts the processes of one machine anew."""
+    torch.distributed.run.main(argv)
+    return 0
+
+
+def test_two_machines_do_what_one_does(nursery: Nursery, data: Path, alone: Path, tmp_path: Path) -> None:
     """Each has a torchrun of its own; here both are this one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     nodes = ("--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", port, "--node_rank")
     argv = (SCRIPT, "--data_root", data, "--out_dir", tmp_path / "run", *FROZEN)
-    launchers = []
-    for rank in range(2):
-        command = map(str, (sys.executable, "-m", "torch.distributed.run", *nodes, rank, *argv))
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        launchers.append(subprocess.Popen(list(command), env=env, cwd=REPO, stderr=subprocess.PIPE, text=True))
-    errors = [launcher.communicate(timeout=400)[1] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
+    machines = [{"argv": [str(word) for word in (*nodes, rank, *argv)]} for rank in range(2)]
+    ends = nursery.run_team(ranks=machines, function=("test_ddp", "launch"))
+    assert [code for code, _ in ends] == [0, 0], ends
     assert differences(alone, tmp_path / "run") == []
 
 
