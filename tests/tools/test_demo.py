@@ -266,7 +266,7 @@ def test_two_demos_at_once_draw_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("until", ["drawing", "epoch   1"])
 def test_a_signal_reaches_what_is_running(tmp_path: Path, until: str) -> None:
     """A scheduler sends it to the demo alone: training saves and ends as if it had been asked itself."""
-    words = [sys.executable, REPO / "tools" / "demo.py", "--images_per_class", "12", "--epochs", "500", "--gpus", "0"]
+    words = [sys.executable, REPO / "tools" / "demo.py", "--images_per_class", "6", "--epochs", "90", "--gpus", "0"]
     with open(tmp_path / "said.txt", "w") as said:
         process = subprocess.Popen(list(map(str, words)), cwd=tmp_path, stdout=said, stderr=said)
     deadline = time.monotonic() + 400
