@@ -5137,19 +5137,30 @@ def name_fitting_model(tensors: dict[str, torch.Tensor], architecture: str) -> s
     scores = {}
     for name in difflib.get_close_matches(architecture, timm.list_models(), n=40, cutoff=0):
         with contextlib.suppress(Exception), torch.device("meta"):  # some models cannot be built this way
-            model = timm.create_model(name, pretrained=False, num_classes=0)
+            with SkipInit():
+                model = timm.create_model(name, pretrained=False, num_classes=0)
             expected = model.state_dict()
             weights, _ = choose_weights(tensors, expected)
             if not weights.keys() & expected.keys() and (convert := find_converter(model)):  # names are their authors'
                 weights = convert(weights, model)
             num_fitting = sum(key in weights and weights[key].shape == value.shape for key, value in expected.items())
             scores[name] = num_fitting / max(len(expected), len(weights))
+            if scores[name] == 1:
+                break
     best = max(scores, key=scores.__getitem__, default=architecture)
     if scores.get(best, 0) < 0.9:
         return f"its tensors are those of no model like {architecture}: give the --model_id that they were saved from"
     if best == architecture:
         return f"the rest of it does fit {architecture}: give a file with the whole state dict"
     return f"its tensors are those of --model_id {best}"
+
+
+class SkipInit(TorchDispatchMode):
+    """Leaves tensors as they are made: where only shapes matter, two thirds of the time would go to their random values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation unless it works in place."""
+        return args[0] if func._schema.is_mutable else func(*args, **(kwargs or {}))
 
 
 def choose_weights(tensors: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> tuple[dict, str]:

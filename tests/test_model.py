@@ -582,15 +582,16 @@ def test_heads_in_the_file_are_named_and_left(prefix: str, vit_state: dict, tmp_
     assert "arcface" in said and "criterion" in said
 
 
+@pytest.fixture
+def few_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let timm list no others, because forty of them are built to find one that fits a file."""
+    monkeypatch.setattr(timm, "list_models", lambda: ["test_vit", "test_vit2", "convnext_small", "convnext_tiny"])
+
+
 @pytest.mark.parametrize(
     "key", ["norm_pre.weight", "reg_token", "blocks.9.norm1.weight", "blocks.0.attn.q_norm.weight"]
 )
-def test_what_would_change_features_is_not_left(
-    key: str, vit_state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        timm, "list_models", lambda: ["test_vit"]
-    )  # of all of them it builds forty to find one that fits
+def test_what_would_change_features_is_not_left(key: str, few_models: None, vit_state: dict, tmp_path: Path) -> None:
     with pytest.raises(lct.UserError, match=rf"does not fit test_vit.*{re.escape(key)}"):
         save_and_build(vit_state | {key: torch.ones(64)}, tmp_path / "a.pth", model_id="test_vit", img_size=32)
 
@@ -598,14 +599,17 @@ def test_what_would_change_features_is_not_left(
 def test_the_remedy_names_what_would_match(vit_state: dict, tmp_path: Path) -> None:
     with pytest.raises(lct.UserError, match=r"--model_id test_vit$"):
         save_and_build({"model": vit_state}, tmp_path / "a.pth", model_id="test_vit2", img_size=32)
+    with pytest.raises(lct.UserError, match="holds no tensors by name"):
+        save_and_build(timm.create_model(TINY), tmp_path / "whole.pth")
+
+
+def test_a_file_that_lacks_a_tensor_is_to_be_whole(few_models: None, vit_state: dict, tmp_path: Path) -> None:
     part = {f"model.{key}": value for key, value in vit_state.items() if key != "norm.weight"}
     with pytest.raises(
         lct.UserError, match=r'Missing key.*"norm.weight"(.|\n)*does fit test_vit: give a file with'
     ) as caught:
         save_and_build(part, tmp_path / "a.pth", model_id="test_vit", img_size=32)
     assert "check --model_id" not in str(caught.value)
-    with pytest.raises(lct.UserError, match="holds no tensors by name"):
-        save_and_build(timm.create_model(TINY), tmp_path / "whole.pth")
 
 
 def name_as_hub(state: dict[str, torch.Tensor], version: int, layers: str) -> dict[str, torch.Tensor]:
@@ -668,7 +672,7 @@ def test_dino_as_the_hub_has_it_gives_the_features_of_timm(
 
 
 def test_a_convnext_dino_as_the_hub_has_it_whole_or_in_parts_gives_the_features_of_timm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_models: None, tmp_path: Path
 ) -> None:
     """Names as in transformers' DINOv3ConvNextModel, the second time below the name that a model with a classifier has."""
     name = "convnext_tiny.dinov3_lvd1689m"
@@ -705,7 +709,6 @@ def test_a_convnext_dino_as_the_hub_has_it_whole_or_in_parts_gives_the_features_
         model, _ = build(model_id=name, img_size=64, backbone_weights=path)
         with torch.inference_mode():
             torch.testing.assert_close(model.model.eval()(images), donor(images), rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(timm, "list_models", lambda: ["convnext_small", "convnext_tiny"])
     assert lct.name_fitting_model(lct.rename_hub_weights(hub), "convnext_small").endswith(" --model_id convnext_tiny")
     for wrong in (folder, folder / part):
         config = make_config(model_id=name, backbone_weights=wrong)
@@ -820,7 +823,7 @@ def test_weights_for_colour_start_a_gray_model(sources: Path) -> None:
     torch.testing.assert_close(model.backbone.model.patch_embed.proj.weight, expected.sum(1, keepdim=True))
 
 
-def test_a_start_that_does_not_fit_is_refused_by_its_keys(sources: Path, tmp_path: Path) -> None:
+def test_a_start_that_does_not_fit_is_refused_by_its_keys(few_models: None, sources: Path, tmp_path: Path) -> None:
     with pytest.raises(lct.UserError, match=r"--load_from .*Missing key.*conv1.*Unexpected key.*cls_token"):
         start_from(sources / "fine-tuned", ("a", "b"), model_id=TINY)
     alone = tmp_path / "checkpoint.pth"
