@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, draw_image, make_dataset, run_cli, snapshot
+from conftest import REPO, TINY_RUN, draw_image, make_dataset, run_cli, snapshot
 
 
 @pytest.fixture
@@ -356,11 +358,23 @@ def test_a_refusal_in_the_shell(tmp_path):
 
 def test_a_terminal_without_unicode_gets_the_message_too(tmp_path):
     make_dataset(tmp_path / "data", {"ключ": 3, "молоток": 2})
-    env = {"PYTHONIOENCODING": "latin-1"}
-    done = run_cli("scan", "--data_root", "data", "--out_dir", "run", cwd=tmp_path, env=env)
-    assert done.returncode == 2 and "2 usable" in done.stderr and "Traceback" not in done.stderr
-    done = run_cli("masks", "--no-draw", "--data_root", "data", "--out_dir", "sheet", cwd=tmp_path, env=env)
-    assert done.returncode == 0 and r"\u043a\u043b\u044e\u0447" in done.stdout, done.stderr
+    commands = {"lct_dino3.py": "scan --data_root data --out_dir run"}
+    commands["tools/masks.py"] = "--no-draw --data_root data --out_dir sheet"
+    code = f"""if True:  # both in one interpreter, because torch takes seconds
+        import runpy, sys
+        for script, words in {commands}.items():
+            sys.argv = [script, *words.split()]
+            sys.stdout.reconfigure(errors="strict")
+            try:
+                runpy.run_path("{REPO}/" + script, run_name="__main__")
+            except SystemExit as end:
+                print(script, "ends with", end.code)
+    """
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "lct_dino3.py ends with 2\n" in done.stdout and "tools/masks.py ends with 0\n" in done.stdout, done.stderr
+    assert "2 usable" in done.stderr and "Traceback" not in done.stderr
+    assert r"\u043a\u043b\u044e\u0447" in done.stdout
 
 
 def test_a_run_directory_in_use_is_refused_and_stays(tmp_path, small_data, refuse):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from conftest import TINY_RUN, end_cli, make_dataset, run_cli, snapshot
+from conftest import TINY_RUN, end_cli, make_dataset, run_main, snapshot
 
 import lct_dino3 as lct
 
@@ -51,12 +51,9 @@ def epoch_records(out_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of four epochs, made as a user does."""
+    """A finished run of four epochs."""
     out_dir = tmp_path_factory.mktemp("finished") / "run"
-    flags = ("--epochs", 4, "--save_every", 2, "--preview")
-    done = run_cli("--data_root", data, "--out_dir", out_dir, *SETTINGS, *flags)
-    assert done.returncode == 0, done.stderr
-    assert "prototype matching" in done.stdout and "Traceback" not in done.stderr and "%|" not in done.stderr
+    assert train(run_main, data, out_dir, "--epochs", 4, "--save_every", 2, "--preview") == 0
     return out_dir
 
 
@@ -159,22 +156,31 @@ def test_embeddings_are_of_every_image_in_its_split(run: Path) -> None:
     assert np.array_equal(gallery["stacks"], [vector_of[path] for path in gallery["stack_paths"].tolist()])
 
 
-@pytest.mark.parametrize(
-    "tool, said", [(None, "tools/report.py is not beside the script"), ("raise SystemExit('no ink')", "no ink")]
-)
-def test_a_run_is_whole_without_its_report(small_data: Path, tmp_path: Path, tool: str | None, said: str) -> None:
+def test_the_script_alone_makes_a_run_that_is_whole_without_its_report(small_data: Path, tmp_path: Path) -> None:
+    """As a user starts it, with no tools beside it."""
     script = tmp_path / "alone" / "lct_dino3.py"
     script.parent.mkdir()
     script.write_bytes(Path(lct.__file__).read_bytes())
-    if tool:
-        (script.parent / "tools").mkdir()
-        (script.parent / "tools" / "report.py").write_text(tool)
     command = [sys.executable, script, "--data_root", small_data, "--out_dir", tmp_path / "run", *TINY_RUN]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"no report: {said}" in (tmp_path / "run/train.log").read_text("utf-8")
-    assert (tmp_path / "run/predictions.csv").is_file() and not (tmp_path / "run/report.html").exists()
-    assert lct.read_events(tmp_path / "run")[-1]["status"] == "completed"
+    assert "prototype matching" in done.stdout and "Traceback" not in done.stderr and "%|" not in done.stderr
+    assert_whole_without_report(tmp_path / "run", "tools/report.py is not beside the script")
+
+
+def assert_whole_without_report(run: Path, said: str) -> None:
+    assert f"no report: {said}" in (run / "train.log").read_text("utf-8")
+    assert (run / "predictions.csv").is_file() and not (run / "report.html").exists()
+    assert lct.read_events(run)[-1]["status"] == "completed"
+
+
+def test_a_run_is_whole_if_its_report_fails(
+    small_data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report.py").write_text("raise SystemExit('no ink')")
+    monkeypatch.setattr(lct, "TOOLS_DIR", tmp_path)
+    assert call_main("--data_root", small_data, "--out_dir", tmp_path / "run", *TINY_RUN) == 0
+    assert_whole_without_report(tmp_path / "run", "no ink")
 
 
 def test_a_frozen_backbone_is_not_in_the_checkpoint(run: Path) -> None:
@@ -257,9 +263,12 @@ def test_running_again_says_finished_and_changes_nothing(run: Path, data: Path, 
 
 @pytest.mark.parametrize("freeze", ["--freeze_backbone", "--no-freeze_backbone"])
 def test_four_epochs_are_three_and_an_interrupt_and_one(
-    freeze: str, data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    freeze: str, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    assert train(call_main, data, tmp_path / "straight", "--epochs", 4, freeze) == 0
+    straight = run  # frozen, as runs are by default
+    if freeze == "--no-freeze_backbone":
+        straight = tmp_path / "straight"
+        assert train(run_main, data, straight, "--epochs", 4, freeze) == 0
     format_epoch = lct.format_epoch
 
     def press_ctrl_c(record: dict, epochs: int) -> str:
@@ -269,15 +278,15 @@ def test_four_epochs_are_three_and_an_interrupt_and_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(lct, "format_epoch", press_ctrl_c)
-        assert train(call_main, data, tmp_path / "broken", "--epochs", 4, freeze) == 130
+        assert train(run_main, data, tmp_path / "broken", "--epochs", 4, freeze) == 130
     assert "interrupted" in [event["event"] for event in lct.read_events(tmp_path / "broken")]
     assert load_state(tmp_path / "broken" / "checkpoint_last.pth")["epoch"] == 3
-    assert train(call_main, data, tmp_path / "broken", "--epochs", 4, freeze) == 0
+    assert train(run_main, data, tmp_path / "broken", "--epochs", 4, freeze) == 0
     assert "resumed after epoch 3" in capsys.readouterr().out
     for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
-        assert_same_weights(tmp_path / "straight" / name, tmp_path / "broken" / name)
-    assert epoch_records(tmp_path / "straight") == epoch_records(tmp_path / "broken")
-    with np.load(tmp_path / "straight/prototypes.npz") as a, np.load(tmp_path / "broken/prototypes.npz") as b:
+        assert_same_weights(straight / name, tmp_path / "broken" / name)
+    assert epoch_records(straight) == epoch_records(tmp_path / "broken")
+    with np.load(straight / "prototypes.npz") as a, np.load(tmp_path / "broken/prototypes.npz") as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files if name != "meta")
 
 
