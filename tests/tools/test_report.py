@@ -288,8 +288,14 @@ def test_browser_shows_it_without_a_console_message(tmp_path: Path, case: str) -
     assert 'class="chips" hidden' not in dom  # our script has run to its end
 
 
+@pytest.fixture
+def quick_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the map of hundreds of images drawn as that of a few: t-SNE takes seconds."""
+    monkeypatch.setattr(report_page, "MIN_TSNE_POINTS", report_page.MAP_MAX_POINTS + 1)
+
+
 @pytest.mark.parametrize("num_classes", [3, 17, 20, 21, 60])
-def test_tables_fit_a_desktop_screen(tmp_path: Path, num_classes: int) -> None:
+def test_tables_fit_a_desktop_screen(quick_map: None, tmp_path: Path, num_classes: int) -> None:
     run = MadeRun(tmp_path, tuple(f"a rather long class name, number {i}" for i in range(num_classes)))
     make_page(run.write())
     script = """[
@@ -519,7 +525,7 @@ def test_a_page_does_not_lie_among_the_pictures(tmp_path: Path, capsys: pytest.C
     assert report.main([str(run.write()), "--data_root", str(tmp_path / "moved")]) == 0
 
 
-def test_errors_are_sorted_by_confidence_and_capped(tmp_path: Path) -> None:
+def test_errors_are_sorted_by_confidence_and_capped(quick_map: None, tmp_path: Path) -> None:
     run = MadeRun(tmp_path, tuple(f"class {i:02d}" for i in range(60)))
     errors = section(make_page(run.write()), "errors")
     sure = [float(value) for value in re.findall(r"<br> p ([\d.]+)<br>", errors)]
@@ -603,7 +609,7 @@ def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_traine
 
 
 @pytest.mark.parametrize("num_classes", [2, 40, 61])
-def test_confusion_matrix_has_every_test_image(tmp_path: Path, num_classes: int) -> None:
+def test_confusion_matrix_has_every_test_image(quick_map: None, tmp_path: Path, num_classes: int) -> None:
     run = MadeRun(tmp_path, tuple(f"a rather long class name, number {i}" for i in range(num_classes)))
     text = section(make_page(run.write()), "confusion")
     if num_classes > report_page.MAX_MATRIX_CLASSES:
