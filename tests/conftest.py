@@ -46,12 +46,23 @@ HARD_RUNS = {  # --patience makes the best epoch another one than the last
     "mix": "--epochs 20 --patience 3 --batch 8 --accumulate_grad_batches 2 --crop_mode mix --best_metric loss --cache_views 0",
     "cached": "--epochs 20 --patience 3 --batch 12 --cache_views 2",
 }
+# Begun first, or one of them would be left at the end with a core idle.
+LONGEST_FILES = (
+    "test_ddp.py test_resume.py test_prelabel.py test_figures.py test_device.py test_demo.py test_run.py test_report.py"
+    " test_pretrain.py test_model.py"
+).split()
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # The smallest real training job: a test that expects a refusal ends soon even if none comes.
 TINY_RUN = "--model_id test_resnet --no-pretrained --img_size 32 --batch 16 --epochs 1 --save_every 1 --gpus 0 --workers 0".split()
 sys.path.insert(0, str(REPO))
 # A shell that starts the tests with `&` makes them, and every process they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files: LONGEST_FILES first."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:
