@@ -414,7 +414,7 @@ def make_files(folder: Path, count: int, num_classes: int = 50) -> Path:
     return folder
 
 
-@row("scan of 100k files", 0.8)
+@row("scan of 100k files", 0.9)
 def scan(settings: Settings) -> Case:
     """List what is there to train on."""
     root = make_files(settings.scratch / "files", 100_000)
