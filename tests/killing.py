@@ -247,13 +247,14 @@ class Nursery:
         env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         env |= {name: str(len(ranks)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         output = self._folder / f"output{next(self._number)}"
+        jobs = []
         for rank, rank_job in enumerate(ranks):
             of_rank = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | rank_job.get("env", {})
-            rank_job |= {"env": of_rank, "output": f"{output}.{rank}.txt"}
-        codes = self._ask({"argv": [str(arg) for arg in argv], "ranks": ranks, **job})
+            jobs.append(rank_job | {"env": of_rank, "output": f"{output}.{rank}.txt"})
+        codes = self._ask({"argv": [str(arg) for arg in argv], "ranks": jobs, **job})
         return [
             (code, Path(rank_job["output"]).read_text("utf-8", "replace"))
-            for code, rank_job in zip(codes, ranks, strict=True)
+            for code, rank_job in zip(codes, jobs, strict=True)
         ]
 
     def _ask(self, job: dict[str, Any]) -> list[int]:
