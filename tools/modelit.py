@@ -70,7 +70,7 @@ CHECKPOINT_FORM = {
     "epoch": int,
     "run": str,
     "class_names": (list, tuple),
-    "architecture": dict.fromkeys(ARCHITECTURE, (int, float)),
+    "architecture": dict.fromkeys(ARCHITECTURE, (int, float, bool)),
     "identity": dict,
     "text": {"encoder": str, "pretrained": str},
     "optimizers": [dict],
