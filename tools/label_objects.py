@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from geometry import BoxError, plain_id, printable, rotate_box
 
-MAX_FILE_BYTES = 500_000_000
+MAX_FILE_BYTES = 4_000_000_000  # the largest file of LVIS has 1.1 GB
 CSV_COLUMNS = ("image", "x", "y", "width", "height", "class")
 READ_REMEDY = (
     "give a COCO .json with images and annotations, a folder of YOLO .txt or LabelMe .json, or labels of CVAT (.xml),"

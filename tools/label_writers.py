@@ -286,11 +286,14 @@ def write_csv(labels: LabelSet) -> Iterator[LabelFile]:
 def _write_csv_lines(labels: LabelSet) -> Iterator[str]:
     format_row = csv.writer(SimpleNamespace(write=str)).writerow  # returns what `write` returns: the line
     items = ((image, item) for image in labels.images() for item in image.objects)
+    index = -1
     for index, (image, item) in enumerate(items):
         if not index:
             yield format_row((*CSV_COLUMNS, *item.details))
         row = (image.path, *item.box, labels.names[item.label], *item.details.values())
         yield format_row([_quote_formula(cell) if isinstance(cell, str) else cell for cell in row])
+    if index < 0:  # no objects, and so no details
+        yield format_row(CSV_COLUMNS)
 
 
 def _quote_formula(text: str) -> str:

@@ -870,6 +870,13 @@ def test_no_cell_is_a_formula_and_each_is_read_back(tmp_path: Path, text: str) -
     assert found.images == [1] and json.loads(found.objects[0][1])["category_id"] == text
 
 
+def test_a_table_without_objects_still_has_its_columns(tmp_path: Path) -> None:
+    image = label_writers.LabelledImage(0, 1, "a.jpg", (20, 10), [])
+    label_set = label_writers.LabelSet(tmp_path, ["a"], "model", "description", lambda: iter([image]))
+    ((_, lines),) = label_writers.write_csv(label_set)
+    assert "".join(lines).splitlines() == [",".join(label_objects.CSV_COLUMNS)]
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [

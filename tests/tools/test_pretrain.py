@@ -24,7 +24,7 @@ from conftest import REPO, draw_image, make_dataset, run_main
 from killing import Nursery, do, kill
 from PIL import Image
 from slt import data, losses, measures, models, views
-from slt.options import PRESETS, apply_preset
+from slt.options import PRESETS, PretrainOptions, apply_preset
 from torch.nn import functional as F
 
 import lct_dino3 as lct
@@ -929,6 +929,19 @@ def test_a_few_unreadable_images_are_named_and_left_out(tmp_path: Path, capsys: 
     assert start(folder, tmp_path / "run", "--epochs", 1, "--batch-size", 5) == 0
     assert f"left out: {folder / 'one' / 'broken.tiff'}" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "params.json").read_text())["dataset"]["images"] == 5  # 2 are held out
+
+
+def test_no_class_leaves_the_gallery_because_there_are_many_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "KNN_IMAGES", 4)
+    folder = make_dataset(tmp_path / "data", {"many": 7, "rare": 1, "some": 4})
+    options = PretrainOptions(image_size=16)
+    gallery, paths, names = data.read_labelled(options, folder, None)
+    assert names == ["many", "rare", "some"] and gallery.labels.tolist() == [0, 0, 0, 1, 2, 2]
+    for path, pixels in zip(paths, gallery.pixels, strict=True):
+        image = torch.from_numpy(lct.load_image(path))[None].permute(0, 3, 1, 2)
+        assert np.array_equal(views.resize(image, 16), pixels.permute(1, 2, 0))
 
 
 def test_a_run_with_other_settings_or_a_foreign_checkpoint_is_refused(

@@ -19,7 +19,7 @@ from slt.views import Images, resize
 
 HELD_OUT_IMAGES = 512  # most crops for two-view retrieval
 HELD_OUT_SHARE = 0.1  # largest share of the crops to hold out, if no labelled crops serve instead
-KNN_IMAGES = 4000  # most crops of a labelled folder to keep in memory
+KNN_IMAGES = 4000  # crops of a labelled folder to keep in memory at most, beside one of each class
 MAX_UNREADABLE = 0.5  # share of the files that are left out if they cannot be read; above it the folder is at fault
 
 
@@ -138,12 +138,14 @@ def read_labelled(
     if unknown := sorted(set(classes) - set(names or classes)):
         raise lct.UserError(f"has classes that the gallery lacks: {', '.join(unknown[:3])}", where, "leave them out")
     names = names or classes
-    rows = range(0, len(listing.paths), -(-len(listing.paths) // KNN_IMAGES))
-    paths = [str((folder / listing.paths[row]).resolve()) for row in rows]
+    label_of = {name: label for label, name in enumerate(names)}
+    labels = np.array([label_of[name] for name in class_names], dtype=np.int64)
+    step = -(-len(labels) // KNN_IMAGES)
+    rows = np.concatenate([rows[::step] for rows in lct.rows_by_class(labels, len(names))])  # some of every class
+    paths = [str((folder / listing.paths[row]).resolve()) for row in rows.tolist()]
     readable, squares = check_files(paths, options.image_size, where)
-    labels = np.array([names.index(class_names[rows[index]]) for index in readable], dtype=np.int64)
     fingerprint = lct.fingerprint(listing.paths, lct.stat_files(folder, listing.paths)[:, 0])
-    images = LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels, fingerprint)
+    images = LabelledImages(torch.from_numpy(squares).permute(0, 3, 1, 2), labels[rows[readable]], fingerprint)
     return images, [paths[index] for index in readable], names
 
 
