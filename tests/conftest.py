@@ -28,7 +28,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS
 
 import numpy as np
 import pytest
-from killing import Nursery, find_main
+from killing import FEW_DRAWS, Nursery, find_main, report_here
 from PIL import Image, ImageDraw
 
 REPO = Path(__file__).resolve().parents[1]
@@ -201,7 +201,10 @@ def run_main(*args: object, main: Callable[..., int] | None = None) -> int:
     handlers = {number: signal.getsignal(number) for number in numbers}
     lct.PROGRESS_LOG = lct.ProgressLog()  # its clock starts with the import, which does not happen again
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lct, "BOOTSTRAP_DRAWS", FEW_DRAWS)
+            if lct.TOOLS_DIR == REPO / "tools":  # else a test is about the report
+                patch.setattr(lct, "start_report", report_here)
             argv = [str(arg) for arg in args]
             if main is None:
                 main, argv, _ = find_main(lct, argv)

@@ -33,6 +33,7 @@ LAZY = (
     " torchvision.transforms.v2 torch.utils.serialization.config yaml PIL.GifImagePlugin PIL.JpegImagePlugin"
     " prelabel report"
 )
+FEW_DRAWS = 25  # of each interval: those of a run take half of a small one's time
 # Functions at whose calls a run can die; the soak test draws from all calls of all of them.
 TARGETS = (
     "read_deep_rgb list_images assign_splits build_backbone measure_baseline TrainFeed.batches decode_image train_step"
@@ -186,7 +187,7 @@ def run_child(module: Any, job: dict[str, Any]) -> int:
 
 def report_here(run: Any) -> bool:
     """Write the report as `start_report` does, in this process: another interpreter is a fifth of a small run's time."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return importlib.import_module("report").main([str(run.path)]) == 0
 
 
@@ -194,10 +195,16 @@ def serve() -> None:
     """Read jobs one by one; fork a child for each, or for each of its `ranks`, and print the exit codes."""
     sys.path[:0] = [str(REPO), str(REPO / "tools")]
     module = importlib.import_module(os.environ.get("LCT_MODULE", "lct_dino3"))
-    module.BOOTSTRAP_DRAWS = 25  # of each interval, for a fifth of a small run's time is theirs
+    module.BOOTSTRAP_DRAWS = FEW_DRAWS
     module.start_report = report_here
     for name in LAZY.split():
         importlib.import_module(name)
+    importlib.import_module("report").load_template()
+    import cv2
+    import numpy as np
+
+    cv2.setNumThreads(0)
+    cv2.cvtColor(np.zeros((1, 1, 3), np.uint8), cv2.COLOR_RGB2LAB)  # fills tables of the library in a quarter of a second
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("a process with threads must not be forked")
     for line in sys.stdin:

@@ -27,7 +27,7 @@ from killing import Nursery, differences, do, fail, kill
 import lct_dino3 as lct
 
 SETTINGS = (
-    "--model_id test_resnet --no-pretrained --no-freeze_backbone --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 16"
+    "--model_id test_vit:depth=1 --no-pretrained --no-freeze_backbone --img_size 32 --batch 8 --workers 0 --gpus 0 --emb_dim 16"
     " --epochs 3 --save_every 2 --save_minutes 1e-6"  # saves after every step
 ).split()
 KILL, TERM, INT, HUP = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP
