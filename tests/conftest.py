@@ -193,8 +193,11 @@ def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
     return process.returncode, error, process.pid
 
 
-def run_main(*args: object, main: Callable[..., int] | None = None) -> int:
-    """Run `main` of the script, or of the tool that the arguments name, in this process; restore the signal handlers after it."""
+def run_main(*args: object, main: Callable[..., int] | None = None, draws: int = FEW_DRAWS) -> int:
+    """Run `main` of the script, or of the tool that the arguments name, in this process; restore the signal handlers after it.
+
+    Intervals are of so many `draws`.
+    """
     import lct_dino3 as lct
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
@@ -202,7 +205,7 @@ def run_main(*args: object, main: Callable[..., int] | None = None) -> int:
     lct.PROGRESS_LOG = lct.ProgressLog()  # its clock starts with the import, which does not happen again
     try:
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lct, "BOOTSTRAP_DRAWS", FEW_DRAWS)
+            patch.setattr(lct, "BOOTSTRAP_DRAWS", draws)
             if lct.TOOLS_DIR == REPO / "tools":  # else a test is about the report
                 patch.setattr(lct, "start_report", report_here)
             argv = [str(arg) for arg in args]
@@ -319,20 +322,11 @@ def hard_run(hard_data: Path) -> Callable[[str], Path]:
         out_dir = hard_data / name
         options = [hard_data / word if word == "unknown" else word for word in HARD_RUNS[name].split()]
         folders = ("--data_root", hard_data / "data", "--out_dir", out_dir)
-        assert run_main(*folders, "--backbone_weights", hard_data / "backbone.pth", *HARD_RUN, *options) == 0
+        flags = ("--backbone_weights", hard_data / "backbone.pth", *HARD_RUN, *options)
+        assert run_main(*folders, *flags, draws=500) == 0
         return out_dir
 
     return train
-
-
-@pytest.fixture(scope="module")
-def few_draws() -> Iterator[None]:
-    """Take few samples for each interval, a third of the time of a small run; for files that look at no interval's width."""
-    import lct_dino3 as lct
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lct, "BOOTSTRAP_DRAWS", 25)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def serve() -> None:
     import numpy as np
 
     cv2.setNumThreads(0)
-    cv2.cvtColor(np.zeros((1, 1, 3), np.uint8), cv2.COLOR_RGB2LAB)  # fills tables of the library in a quarter of a second
+    cv2.cvtColor(np.zeros((1, 1, 3), np.uint8), cv2.COLOR_RGB2LAB)  # fills tables in a quarter of a second
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("a process with threads must not be forked")
     for line in sys.stdin:

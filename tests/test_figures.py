@@ -795,7 +795,7 @@ def test_two_views_of_an_image_are_one_image_in_the_intervals(
     shutil.copytree(tmp_path / "data" / "hammer", tmp_path / "data" / "of no class")
     shutil.copytree(run.folder, tmp_path / "run")
     command = ("evaluate", "--run", tmp_path / "run", "--data_root", tmp_path / "data", "--gpus", 0, "--workers", 0)
-    assert call_main(*command) == 0
+    assert call_main(*command, draws=500) == 0
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text("utf-8"))
     for matcher in ("centroid", "knn"):
         accuracy, (low, high) = (written["closed"][matcher]["acc"][key] for key in ("value", "interval"))

@@ -18,11 +18,10 @@ import lct_dino3 as lct
 
 Main = Callable[..., int]
 QUIET = ("--gpus", "0", "--workers", "0")
-pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 @pytest.fixture(scope="module")
-def trained(few_draws: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data of four classes, a fifth that a class map leaves out, and a finished run on them."""
     folder = tmp_path_factory.mktemp("gallery")
     data = make_dataset(folder / "data", {"axe": 24, "bit": 24, "clamp": 24, "drill": 24})

@@ -24,7 +24,6 @@ import lct_dino3 as lct
 
 Main = Callable[..., int]
 QUIET = ("--gpus", "0", "--workers", "0")
-pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 @pytest.fixture

@@ -440,7 +440,7 @@ def test_a_server_that_fails_later_is_replaced_by_an_offline_record_of_all(
     run: Path, tmp_path: Path, no_server: dict[str, str], failing_server: dict[str, str]
 ) -> None:
     program = tmp_path / "track.py"
-    program.write_text(re.sub(r"SILENT_SECONDS = [\d.]+", "SILENT_SECONDS = 15.0", TOOL.read_text("utf-8")), "utf-8")
+    program.write_text(re.sub(r"SILENT_SECONDS = [\d.]+", "SILENT_SECONDS = 8.0", TOOL.read_text("utf-8")), "utf-8")
     words = [sys.executable, str(program), str(run), "--clearml", "--tensorboard"]
     env = {**os.environ, **no_server, **failing_server}
     done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120, check=False)
