@@ -2064,7 +2064,7 @@ def count_cores() -> int:
 def seed_torch(*entropy: int, rank: int = 0) -> None:
     """Seed torch's generators with a hash of `entropy`, so that (seed 1, epoch 2) and (seed 2, epoch 1) differ.
 
-    With `rank`, each rank draws different dropout; the GPUs of one process always do.
+    With `rank`, each rank draws different dropout; the GPUs of one process always do. A GPU that is not in use yet is not seeded.
     """
 
     def derive(device: int) -> int:
@@ -2072,10 +2072,11 @@ def seed_torch(*entropy: int, rank: int = 0) -> None:
         # 63 bits: not needed by torch, but kept so that runs repeat
         return int(np.random.SeedSequence(entropy, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1
 
-    torch.manual_seed(derive(0))
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() and not dist.is_initialized() else 0
-    for device in range(1, num_gpus):
-        torch.cuda.default_generators[device].manual_seed(derive(device))
+    torch.default_generator.manual_seed(derive(0))  # torch.manual_seed takes up to 0.5 ms: it formats the call stack
+    if torch.cuda.is_initialized():
+        first = torch.cuda.current_device()  # of this rank, or the first of this process
+        for device in range(1 if dist.is_initialized() else torch.cuda.device_count()):
+            torch.cuda.default_generators[first + device].manual_seed(derive(device))
 
 
 PROGRESS_SECONDS = 20  # between lines of progress in a log; with items of up to 10 s there is one at least every 30 s

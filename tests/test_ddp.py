@@ -207,14 +207,18 @@ def test_processes_and_gpus_draw_dropout_of_their_own(monkeypatch: pytest.Monkey
     gpus = [torch.Generator() for _ in range(3)]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "default_generators", gpus)
     seeds = []
     for words, rank in (((42, 5, 0), 0), ((42, 5, 0), 1), ((42, 5, 0, 1), 0), ((42, 5, 1), 1)):
         lct.seed_torch(*words, rank=rank)
-        seeds += [torch.initial_seed(), *(gpu.initial_seed() for gpu in gpus[1:])]
+        assert torch.initial_seed() == gpus[0].initial_seed()
+        seeds += [gpu.initial_seed() for gpu in gpus]
     assert len(set(seeds)) == 4 * len(gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)  # of the third rank of a machine
+    monkeypatch.setattr(lct.dist, "is_initialized", lambda: True)
     lct.seed_torch(42, 5, 0)
-    assert [torch.initial_seed(), gpus[1].initial_seed(), gpus[2].initial_seed()] == seeds[:3]
+    assert [gpu.initial_seed() for gpu in gpus] == [*seeds[-3:-1], seeds[0]]
 
 
 def test_evaluate_and_prelabel_share_their_images(nursery: Nursery, data: Path, alone: Path, tmp_path: Path) -> None:
