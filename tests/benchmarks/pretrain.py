@@ -1,6 +1,6 @@
 """What pre-training of crops without labels is worth, and how fast it is, on one CPU thread.
 
-    python tests/benchmarks/pretrain.py quick                one dino of 376 steps: fails if it gains too little (a minute)
+    python tests/benchmarks/pretrain.py quick                one dino of 235 steps: fails if it gains too little (a minute)
     python tests/benchmarks/pretrain.py table [SEEDS]        dino and ibot, `--preset small`, against random weights
     python tests/benchmarks/pretrain.py curves FILE          a picture of a run that learns and of two that collapse
     python tests/benchmarks/pretrain.py five [SEEDS]         lct_dino3.py with five labelled crops a class of grocery40
@@ -87,7 +87,7 @@ def gains(figures: list[dict]) -> dict[str, float]:
 
 def measure_quick() -> None:
     """One short run of dino; ends with 1 if it gains less than it should."""
-    found = gains(pretrain("dino", 0, "--epochs", 8)[1])
+    found = gains(pretrain("dino", 0, "--epochs", 5)[1])
     print("  ".join(f"{name} {value:+.3f}" for name, value in found.items()))
     sys.exit(found["mean patch"] < 0.035 or found["class token"] < 0.025)
 
