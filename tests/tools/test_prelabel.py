@@ -985,16 +985,20 @@ def clip_to(box: list[float], width: int, height: int) -> list[float]:
 
 
 def test_memory_does_not_grow_with_the_number_of_objects(finished_run: Path, tmp_path: Path) -> None:
-    code = f"import sys, resource; sys.path.insert(0, {str(REPO / 'tools')!r}); import prelabel\n"
-    for num_images in (50, 500):
-        source = make_many(tmp_path / str(num_images), num_images)
+    """The first run, in which libraries are loaded, has the highest peak of all and does not count."""
+    code = f"import sys; sys.path.insert(0, {str(REPO / 'tools')!r}); import prelabel\n"
+    code += "from pathlib import Path; me = Path('/proc/self')\n"
+    for turn, num_images in enumerate((5, 50, 250)):
+        source = make_many(tmp_path / str(turn), num_images)
         words = [str(w) for w in command(finished_run, source.parent / "images", source.parent / "out", source)]
+        code += "try: (me / 'clear_refs').write_text('5')\n"  # the peak is that of now
+        code += "except OSError: pass\n"  # not allowed here: what is measured is growth above the first peak
         code += f"assert prelabel.main({words[1:]!r}) == 0\n"
-        code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        code += "print([line for line in (me / 'status').read_text().splitlines() if 'VmHWM' in line])\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    peaks = [int(number) / 1024 for number in re.findall(r"^peak (\d+)", done.stdout, re.MULTILINE)]
-    assert peaks[1] - peaks[0] < 60, f"5,000 objects take {peaks[1]:.0f} MB, 500 take {peaks[0]:.0f} MB"
+    _, *peaks = (int(number) / 1024 for number in re.findall(r"VmHWM:\D*(\d+) kB", done.stdout))
+    assert peaks[1] - peaks[0] < 30, f"2,500 objects take {peaks[1]:.0f} MB, 500 take {peaks[0]:.0f} MB"
 
 
 # --- for people
