@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1006,6 +1007,34 @@ def test_a_run_continues_only_with_its_own_labelled_crops_and_its_own_best(
     os.truncate(out / "checkpoint_best.pt", 3000)
     assert start(crops, out, "--epochs", 1, "--knn-dir", tmp_path / "moved") == 2
     assert "checkpoint_best.pt: cannot be read" in (error := capsys.readouterr().err) and "delete it; the same" in error
+
+
+def test_what_is_ahead_of_a_named_checkpoint_is_set_aside(
+    crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the best of the epochs that are given up would be exported, and the last of them be overwritten."""
+    out, older, values = tmp_path / "run", tmp_path / "older.pt", iter((0.5, 0.4, 0.6, 0.4, 0.3))
+    save_last, evaluate = pretrain_utils.save_last, pretrain_utils.evaluate
+
+    def save(job: pretrain_utils.Job, state: pretrain_utils.State) -> None:
+        save_last(job, state)
+        if state.epoch == 1 and not older.exists():
+            shutil.copy(out / "checkpoint_last.pt", older)
+
+    monkeypatch.setattr(pretrain_utils, "save_last", save)
+    monkeypatch.setattr(
+        pretrain_utils, "evaluate", lambda job, state: evaluate(job, state) | {"retrieval": next(values)}
+    )
+    assert start(crops, out, "--epochs", 2) == 0
+
+    def epochs_of(pattern: str) -> dict[str, int]:
+        paths = out.glob(pattern)
+        return {path.name.split(".")[0]: lct.load_checkpoint(path, {"epoch": int})["epoch"] for path in paths}
+
+    assert epochs_of("*.pt") == {"checkpoint_last": 2, "checkpoint_best": 2}
+    assert start(crops, out, "--epochs", 2, "--resume", older) == 0
+    assert epochs_of("*.old-*") == {"checkpoint_last": 2, "checkpoint_best": 2}
+    assert epochs_of("*.pt") == {"checkpoint_last": 2, "checkpoint_best": 1}
 
 
 # --- together with the rest
