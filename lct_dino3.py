@@ -4107,14 +4107,6 @@ def mix_images(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
     return mixed.contiguous(memory_format=torch.channels_last)
 
 
-def partner_labels(labels: Sequence[torch.Tensor], mixings: Sequence[Mixing | None]) -> tuple[torch.Tensor, ...]:
-    """Return the labels of the partners and the lambda of each image, both (B,) over all batches."""
-    pairs = list(zip(labels, mixings, strict=True))
-    partners = [batch if mixing is None else batch[mixing.partners] for batch, mixing in pairs]
-    shares = [torch.full((len(batch),), 1.0 if mixing is None else mixing.lam) for batch, mixing in pairs]
-    return torch.cat(partners), torch.cat(shares)
-
-
 # ======================================================================================================================
 # 08  LOADERS
 # ======================================================================================================================
@@ -8438,7 +8430,10 @@ def mixed_loss(
     logits, plain_logits = criterion(embeddings, targets)
     if not any(mixings):
         return criterion.losses(logits, targets).mean(), plain_logits
-    partner_targets, lambdas = (send(values, device) for values in partner_labels(labels, mixings))
+    pairs = list(zip(labels, mixings, strict=True))
+    partners = [batch if mixing is None else batch[mixing.partners] for batch, mixing in pairs]
+    shares = [torch.full((len(batch),), 1.0 if mixing is None else mixing.lam) for batch, mixing in pairs]
+    partner_targets, lambdas = (send(torch.cat(values), device) for values in (partners, shares))
     partner_logits, _ = criterion(embeddings, partner_targets)
     losses = criterion.losses(logits, targets).mean(dim=1)
     partner_losses = criterion.losses(partner_logits, partner_targets).mean(dim=1)
