@@ -504,7 +504,7 @@ def test_masks_beat_bbox_where_the_background_changes_between_train_and_test(
     root = paste_on_misleading_benches(drawn, tmp_path / "data", classes)
     flags = "--group_regex ^(shot\\d+)_ --near_dup_bits 0 --model_id test_resnet --no-pretrained --no-freeze_backbone --workers 0"
     recipe = (
-        "--img_size 48 --epochs 12 --batch 16 --lr 0.01 --arc_lr 0.01 --arc_margin 0.1 --save_every 0 --test_split 0.3"
+        "--img_size 48 --epochs 8 --batch 16 --lr 0.01 --arc_lr 0.01 --arc_margin 0.1 --save_every 0 --test_split 0.3"
     )
     for mode in ("bbox", "mask"):
         out_dir = tmp_path / mode
