@@ -136,7 +136,7 @@ def check_output_path(options: ExportOptions) -> Path:
         raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
     if not is_folder:
         lct.check_replaceable(path, f"--out {path}", EXPORT_MARKS[options.format])
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = lct.existing_folder(path.absolute().parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise lct.UserError("cannot be written to", str(parent), "give --out FILE elsewhere")
     return path

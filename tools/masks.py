@@ -437,7 +437,7 @@ def generate_masks(options: MaskOptions, runtime: lct.Runtime, requests: Sequenc
     if not jobs:
         return
     for folder in sorted({job.request.target.parent for job in jobs}):
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        existing = lct.existing_folder(folder)
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise lct.UserError(f"masks cannot be written into {folder}", str(existing), MASKS_OUT_REMEDY)
     lct.create_out_dir(options.out_dir)

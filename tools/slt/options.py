@@ -233,7 +233,7 @@ def check_output(options: PretrainOptions) -> None:
     """Refuse an output_dir that is not writable, holds other files or lies among the images, and an export over other files."""
     output = options.output_dir.resolve()
     where = options.describe("output_dir")
-    existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    existing = lct.existing_folder(output)
     sources = [path.resolve() for path in (*options.train_dir, *options.knn_dir)]
     names = {path.name for path in output.iterdir() if path.name[0] != "."} if output.is_dir() else set()
     logs = {"train.log", options.checkpoint_history_file}  # all that a run killed at its start has
@@ -267,7 +267,7 @@ def check_output(options: PretrainOptions) -> None:
     if export.is_dir() or path.suffix == ".json" or {path, path.with_suffix(".json")} & taken:
         problem = "is a folder, is named .json, or is a file of the run itself"
         raise lct.UserError(problem, where, "give a name such as backbone.pt")
-    folder = next(parent for parent in path.parents if parent.exists())
+    folder = lct.existing_folder(path.parent)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         problem = f"{folder} is not a folder that can be written to"
         raise lct.UserError(problem, where, "give a place in a folder of your own")
