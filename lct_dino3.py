@@ -6168,6 +6168,7 @@ class Matcher(nn.Module):
         self.has_one_each = set(self.groups) == {(1, 1)} and not self.num_empty
         if len(self.groups) > 1:
             vectors = vectors[np.argsort(places[labels], kind="stable")]
+        self.array = vectors  # the buffer shares its memory; a new view for each product would slow it by a tenth
         self.register_buffer("vectors", torch.from_numpy(vectors))
         self.register_buffer("places", torch.from_numpy(places))
 
@@ -6212,7 +6213,7 @@ class Matcher(nn.Module):
     def score(self, queries: np.ndarray) -> np.ndarray:
         """Return the score float32 (Q, C) of each class for unit queries (Q, D), in bounded memory."""
         if self.has_one_each and not self.has_enrolled:  # makes no array but the scores
-            return queries @ self.vectors.numpy().T
+            return queries @ self.array.T
         with torch.inference_mode():
             blocks = torch.from_numpy(queries).split(max(1, MATCHER_CHUNK // len(self.vectors)))
             return torch.cat([self(block) for block in blocks]).numpy()
