@@ -6093,6 +6093,20 @@ def rename_damaged(path: Path, reason: str, log: Callable[[str], None]) -> None:
     log(f"warning: {path.name} {reason}; it is now {target.name}")
 
 
+def set_aside_later(
+    paths: Iterable[Path], point: ResumePoint, log: Callable[[str], None], form: dict[str, Any] = CHECKPOINT_FORM
+) -> None:
+    """Rename the checkpoints with more progress than that of `point` to `<name>.old-<date>`, and log their former names."""
+    ahead = []
+    for path in paths:
+        with contextlib.suppress(UserError):  # missing or damaged
+            if progress_of(load_checkpoint(path, form)) > progress_of(point.payload):
+                path.rename(name_aside(path, "old"))
+                ahead.append(path.name)
+    if ahead:
+        log(f"set aside as *.old-DATE, ahead of {point.path.name}: {', '.join(ahead)}")
+
+
 @contextlib.contextmanager
 def keep_interrupted(folder: Path) -> Iterator[None]:
     """Copy checkpoint_last.pth to checkpoint_interrupt.pth if the block is interrupted; delete the copy when a block finishes."""
@@ -9159,14 +9173,8 @@ def place_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[s
     for path, reason in point.damaged.items():
         rename_damaged(path, reason, run.log)
     if point.path.name != LAST_NAME:
-        ahead = []
-        for path in reversed(list_checkpoints(run.path)):  # checkpoint_last.pth at the end: a restart would take it
-            with contextlib.suppress(UserError):  # a damaged one
-                if progress_of(load_checkpoint(path)) > progress_of(point.payload):
-                    path.rename(name_aside(path, "old"))
-                    ahead.append(path.name)
-        if ahead:
-            run.log(f"set aside as *.old-DATE, ahead of {point.path.name}: {', '.join(ahead)}")
+        # checkpoint_last.pth at the end: a restart would take it
+        set_aside_later(reversed(list_checkpoints(run.path)), point, run.log)
         copy_checkpoint(point.path, run.path / LAST_NAME)
     return restore_best_checkpoint(job, state)
 

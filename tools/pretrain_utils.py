@@ -670,20 +670,19 @@ def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> N
     run, options = job.run, job.options
     if payload is not None:
         state.restore(payload)
-    if options.resume not in (None, "last"):  # epochs after this checkpoint are given up
-        for name in (options.checkpoint_last_name, options.checkpoint_best_name):
-            path = options.output_dir / name
-            with contextlib.suppress(lct.UserError):  # a damaged one
-                if path.exists() and lct.load_checkpoint(path, CHECKPOINT_FORM)["step"] > state.step:
-                    aside = path.rename(lct.name_aside(path, "old"))
-                    run.log(f"{name} is ahead of {options.resume}, and is now {aside.name}")
+    best_path, last_path = (
+        options.output_dir / name for name in (options.checkpoint_best_name, options.checkpoint_last_name)
+    )
+    if options.resume not in (None, "last"):
+        point = lct.ResumePoint(Path(options.resume), payload)
+        lct.set_aside_later((best_path, last_path), point, run.log, CHECKPOINT_FORM)
+        save_last(job, state)  # at once, since without it a restart would begin anew
     step = state.step
     epoch = -1 if payload is None else state.epoch  # a fresh start measures the initial weights, epoch 0, again
     kinds = ("iteration", "epoch_end", "best", "start_end")
     run.forget(lambda r: r["event"] in kinds and (r["step"] > step or r["epoch"] > epoch + (r["event"] == "iteration")))
     if payload is not None:
         run.event("resumed", epoch=state.epoch, step=state.step)
-        best_path = options.output_dir / options.checkpoint_best_name
         if state.best and not best_path.exists():  # --resume names another folder, or the file was deleted
             save_best(job, state, evaluate(job, state)[state.best["metric"]])
         save_last(job, state)  # after a kill, artifacts.json may be out of date

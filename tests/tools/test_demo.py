@@ -235,9 +235,8 @@ def test_the_whole_demo_ends_with_labels_and_continues(
         (labels / name).unlink()
     os.truncate(labels / ".progress.jsonl", (labels / ".progress.jsonl").stat().st_size - 9)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        demo.Starter, "run", lambda _, *words: run_main(*words)
-    )  # in this process, for the first were real
+    # The commands of the first start were processes of their own; now they run in this one.
+    monkeypatch.setattr(demo.Starter, "run", lambda _, *words: run_main(*words))
     assert run_main(*QUICK[1:], main=demo.main) is None
     assert "finished" in capsys.readouterr().out
     assert (labels / "workbench.jpg").read_bytes() == picture and (labels / "objects.csv").exists()

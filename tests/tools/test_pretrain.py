@@ -1033,6 +1033,7 @@ def test_what_is_ahead_of_a_named_checkpoint_is_set_aside(
 
     assert epochs_of("*.pt") == {"checkpoint_last": 2, "checkpoint_best": 2}
     assert start(crops, out, "--epochs", 2, "--resume", older) == 0
+    assert "ahead of older.pt: checkpoint_best.pt, checkpoint_last.pt" in (out / "train.log").read_text("utf-8")
     assert epochs_of("*.old-*") == {"checkpoint_last": 2, "checkpoint_best": 2}
     assert epochs_of("*.pt") == {"checkpoint_last": 2, "checkpoint_best": 1}
 

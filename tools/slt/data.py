@@ -19,7 +19,7 @@ from slt.views import Images, resize
 
 HELD_OUT_IMAGES = 512  # most crops for two-view retrieval
 HELD_OUT_SHARE = 0.1  # largest share of the crops to hold out, if no labelled crops serve instead
-KNN_IMAGES = 4000  # crops of a labelled folder to keep in memory at most, beside one of each class
+KNN_IMAGES = 4000  # labelled crops in memory: of a larger folder every n-th of each class, about so many
 MAX_UNREADABLE = 0.5  # share of the files that are left out if they cannot be read; above it the folder is at fault
 
 
