@@ -501,10 +501,14 @@ def write_review(prelabels: Prelabels, summary: dict[str, Any], data_root: Path,
     problems = list(itertools.islice(prelabels.problems(), REVIEW_PROBLEMS))
     # Names may hold markup, so they are escaped. StrictUndefined: a name misspelled in the template raises.
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["count"] = "{:,}".format
-    template = environment.from_string(Path(__file__).with_name("review.html.j2").read_text(encoding="utf-8"))
+    template = environment.get_template("review.html.j2")
     page = template.render(summary=summary, cards=cards, problems=problems)
     lct.write_bytes(path, page.encode("utf-8", "backslashreplace"))
 
