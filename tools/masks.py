@@ -175,25 +175,8 @@ def request_masks(scan: lct.Scan, options: MaskOptions) -> list[MaskRequest]:
     return requests
 
 
-class MaskOutcome(NamedTuple):
-    """The outcome of a request."""
-
-    path: str
-    score: float  # IoU with the true mask, predicted by the model; NaN without a mask, or if unknown
-    area: float  # share of the crop; NaN likewise
-    reason: str  # '' = written; otherwise why it was refused
-
-
-class _Crop(NamedTuple):
-    square: np.ndarray  # uint8 (side, side, 3), resized to the model's input
-    height: int  # px, before resizing
-    width: int
-
-
-class _MaskJob(NamedTuple):
-    request: MaskRequest
-    size: int  # of the crop's file, in bytes
-    mtime_ns: int
+# A crop, uint8 (side, side, 3), resized to the model's input, and its height and width in px before that; or why it cannot be used.
+Crop = tuple[np.ndarray, tuple[int, int]] | lct.ImageError
 
 
 # SAM-2: the package, one of its configs, and the checkpoint for that config.
@@ -365,24 +348,23 @@ def _raise_if_memory_is_short(error: Exception) -> None:
 # From candidates to a mask.
 
 
-def _draw_mask(
-    sam2: Sam2, path: str, crop: _Crop | lct.ImageError, options: MaskOptions
-) -> tuple[MaskOutcome, np.ndarray | None]:
-    """Return the outcome for a crop, and its mask, bool (H, W), or None if refused."""
+def _draw_mask(sam2: Sam2, crop: Crop, options: MaskOptions) -> tuple[float, float, str, np.ndarray | None]:
+    """Return a mask's predicted IoU and share of the crop, NaN without one; why it is refused, or ''; and the mask, bool (H, W)."""
     if isinstance(crop, lct.ImageError):
-        return MaskOutcome(path, math.nan, math.nan, str(crop)), None
-    scores, logits = sam2.propose(crop.square)
+        return math.nan, math.nan, str(crop), None
+    square, size = crop
+    scores, logits = sam2.propose(square)
     best = choose_mask(scores, (logits > 0).mean(axis=(1, 2)))
     # Like sam2, enlarges the logits instead of the mask, which gives smooth outlines.
     candidate = torch.from_numpy(logits[best])[None, None]
-    enlarged = torch.nn.functional.interpolate(candidate, (crop.height, crop.width), mode="bilinear")
+    enlarged = torch.nn.functional.interpolate(candidate, size, mode="bilinear")
     mask = enlarged[0, 0].numpy() > 0
     if options.mask_cleanup:
         mask = clean_mask(mask)
     score = float(scores[best])
     area = float(mask.mean())
     reason = judge_mask(score, area, options.mask_min_score)
-    return MaskOutcome(path, score, area, reason), None if reason else mask
+    return score, area, reason, None if reason else mask
 
 
 def choose_mask(scores: np.ndarray, areas: np.ndarray) -> int:
@@ -436,7 +418,8 @@ def generate_masks(options: MaskOptions, runtime: lct.Runtime, requests: Sequenc
     jobs, settings = _plan_jobs(options, requests)
     if not jobs:
         return
-    for folder in sorted({job.request.target.parent for job in jobs}):
+    requests = [request for request, _ in jobs]
+    for folder in sorted({request.target.parent for request in requests}):
         existing = lct.existing_folder(folder)
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise lct.UserError(f"masks cannot be written into {folder}", str(existing), MASKS_OUT_REMEDY)
@@ -445,45 +428,35 @@ def generate_masks(options: MaskOptions, runtime: lct.Runtime, requests: Sequenc
     read = functools.partial(_read_crop, side=sam2.side)
     with (
         contextlib.closing(lct.LineFile(options.out_dir / lct.MASK_LOG_NAME)) as log,
-        contextlib.closing(_read_ahead(jobs, read, max(1, lct.count_workers(options.workers)))) as crops,
+        contextlib.closing(_read_ahead(requests, read, max(1, lct.count_workers(options.workers)))) as crops,
         lct.progress((), len(jobs), "masks", "crop") as bar,
     ):
-        for job, crop in zip(jobs, crops, strict=True):
-            outcome, mask = _draw_mask(sam2, job.request.path, crop, options)
+        for (request, stamp), crop in zip(jobs, crops, strict=True):
+            score, area, reason, mask = _draw_mask(sam2, crop, options)
             # The record goes first: a mask on disk then always has a score, and a record whose mask is missing is done again.
-            file_state = (job.size, job.mtime_ns)
-            values = (outcome.path, *file_state, outcome.score, outcome.area, outcome.reason or None, settings)
+            values = (request.path, *stamp, score, area, reason or None, settings)
             record = lct.to_json(dict(zip(lct.MASK_RECORD_KEYS, values, strict=True)))
             log.append(json.dumps(record, ensure_ascii=False) + "\n")
             if mask is not None:
-                _write_mask(job.request.target, mask)
+                _write_mask(request.target, mask)
             bar.update()
 
 
-def _plan_jobs(options: MaskOptions, requests: Sequence[MaskRequest]) -> tuple[list[_MaskJob], str]:
-    """Return the jobs left to do, and the hash of the settings for new records."""
+def _plan_jobs(
+    options: MaskOptions, requests: Sequence[MaskRequest]
+) -> tuple[list[tuple[MaskRequest, list[int]]], str]:
+    """Return the requests left to do, with size and mtime in ns of each crop, and the hash of the settings for new records."""
     records = lct.read_mask_log(options.out_dir)
     missing = [request for request in requests if not os.path.lexists(request.target)]
     settings = _hash_settings(options) if missing else ""  # reads the whole checkpoint, which takes a second
+    stamps = lct.stat_files(Path(), [str(request.source) for request in missing]).tolist()
     jobs = []
-    for request in missing:
-        try:
-            status = request.source.stat()
-            job = _MaskJob(request, status.st_size, status.st_mtime_ns)
-        except OSError:  # reading the crop will report why
-            job = _MaskJob(request, -1, -1)
+    for request, stamp in zip(missing, stamps, strict=True):
         record = records.get(request.path)
-        state = (job.size, job.mtime_ns, settings)
         was_refused = record is not None and record["reason"]
-        if not was_refused or (record["size"], record["mtime_ns"], record["settings"]) != state:
-            jobs.append(job)
+        if not was_refused or [record["size"], record["mtime_ns"], record["settings"]] != [*stamp, settings]:
+            jobs.append((request, stamp))
     return jobs, settings
-
-
-def to_outcome(record: dict[str, Any]) -> MaskOutcome:
-    """Return a record of masks.jsonl as an outcome."""
-    score, area = (math.nan if record[key] is None else record[key] for key in ("score", "area"))
-    return MaskOutcome(record["path"], score, area, record["reason"] or "")
 
 
 def _hash_settings(options: MaskOptions) -> str:
@@ -495,16 +468,16 @@ def _hash_settings(options: MaskOptions) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def _read_crop(job: _MaskJob, side: int) -> _Crop | lct.ImageError:
+def _read_crop(request: MaskRequest, side: int) -> Crop:
     """Read a crop and resize it to the model's input, so that waiting crops are small however large the file is."""
-    if len(os.fsencode(job.request.target.name)) > MAX_NAME_BYTES:
+    if len(os.fsencode(request.target.name)) > MAX_NAME_BYTES:
         return lct.ImageError("the name of its mask is too long")
     try:
-        image = lct.load_image(job.request.source, job.request.image_bits)
+        image = lct.load_image(request.source, request.image_bits)
     except lct.ImageError as error:
         return error
     square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-    return _Crop(np.asarray(square), image.shape[0], image.shape[1])
+    return np.asarray(square), image.shape[:2]
 
 
 def _read_ahead(items: Sequence[Any], read: Callable[[Any], Any], num_threads: int) -> Iterator[Any]:
@@ -548,22 +521,23 @@ def preview_masks(scan: lct.Scan, out_dir: Path) -> None:
     """Write masks_preview.png: first the crops with the lowest scores of SAM-2, then other masks, spread over the classes."""
     records = scan.records
     row_of = {path: row for row, path in enumerate(records.paths)}
-    drawn = [to_outcome(record) for path, record in lct.read_mask_log(out_dir).items() if path in row_of]
-    drawn.sort(key=lambda outcome: (not math.isnan(outcome.score), outcome.score))
-    chosen = [(row_of[outcome.path], outcome) for outcome in drawn[:PREVIEW_CROPS]]
-    drawn_paths = {outcome.path for outcome in drawn}
+    drawn = [record for path, record in lct.read_mask_log(out_dir).items() if path in row_of]
+    drawn.sort(key=lambda record: (record["score"] is not None, record["score"] or 0.0))
+    chosen = [(row_of[record["path"]], record) for record in drawn[:PREVIEW_CROPS]]
+    drawn_paths = {record["path"] for record in drawn}
     other_rows = [row for row in np.flatnonzero(records.has_mask).tolist() if records.paths[row] not in drawn_paths]
     num_others = min(len(other_rows), PREVIEW_CROPS - len(chosen))
     spread = np.linspace(0, len(other_rows) - 1, num_others).astype(int).tolist()
     items = []
-    for row, outcome in chosen + [(other_rows[i], None) for i in spread]:
+    for row, record in chosen + [(other_rows[i], None) for i in spread]:
         with contextlib.suppress(lct.ImageError):  # gone since the scan
             image, mask, _ = lct.load_crop(records, row, 1)
             step = max(1, max(image.shape[:2]) // (4 * PREVIEW_SIDE))  # 60 photos of 24 megapixels would take 6 GB
             image = image[::step, ::step].copy()
             mask = None if mask is None else mask[::step, ::step].copy()
-            score = f"   {outcome.score:.2f}" if outcome else ""
-            note = outcome.reason if outcome and mask is None else ""  # no note if drawn by hand since the refusal
+            score = f"   {math.nan if record['score'] is None else record['score']:.2f}" if record else ""
+            # No note if drawn by hand since the refusal.
+            note = record["reason"] or "" if record and mask is None else ""
             items.append(MaskPreview(records.paths[row] + score, image, mask, note))
     order = "the lowest scores first" if chosen else "spread over the classes"
     write_masks_preview(out_dir / "masks_preview.png", items, len(row_of), order)
