@@ -129,18 +129,13 @@ def draw_masks(options: MaskOptions) -> None:
         if not (out_dir / "metrics.jsonl").exists():  # a run keeps the data report of its first start
             lct.write_json(out_dir / "data_report.json", scan.report)
             written.append(str(out_dir / "data_report.json"))
-    lct.show(format_mask_table(scan.report))
-    lct.show(lct.format_findings(scan.report))
-    lct.show(f"written: {', '.join(written)}")
-
-
-def format_mask_table(report: dict[str, Any]) -> str:
-    """Return a table of each class's crops: all, with a mask, drawn by SAM-2, not drawn because refused, without a mask."""
     rows = {
         name: (row["usable"], row["masks"], row["made"], row["not_made"], row["usable"] - row["masks"])
-        for name, row in report["classes"].items()
+        for name, row in scan.report["classes"].items()
     }
-    return lct.format_table(("crops", "with mask", "by SAM-2", "not drawn", "without"), rows, 11)
+    lct.show(lct.format_table(("crops", "with mask", "by SAM-2", "not drawn", "without"), rows, 11))
+    lct.show(lct.format_findings(scan.report))
+    lct.show(f"written: {', '.join(written)}")
 
 
 class MaskRequest(NamedTuple):
