@@ -38,17 +38,12 @@ OUTPUT_NAMES = ["embeddings", "scores", "probability", "labels"]  # of the ONNX 
 class ExportOptions(lct.Options):
     """Write a finished run for other programs, once it is known to answer as PyTorch does."""
 
-    run: Path | None = lct.option(
-        None, "out_dir of the finished run", "export", metavar="DIR", needed=True, folder=True
-    )
-    format: str = lct.option("onnx", "what to write", "export", choices=("onnx", "safetensors", "predecessor"))
-    out: Path | None = lct.option(
-        None,
-        "file to write, or folder for predecessor (default: model.onnx, model.safetensors, predecessor/ in the run)",
-        "export",
-        metavar="PATH",
-    )
     # fmt: off
+    run: Path | None = lct.option(None, "out_dir of the finished run", "export", metavar="DIR", needed=True, folder=True)
+    format: str = lct.option("onnx", "what to write", "export", choices=("onnx", "safetensors", "predecessor"))
+    out: Path | None = lct.option(None,
+        "file to write, or folder for predecessor (default: model.onnx, model.safetensors, predecessor/ in the run)",
+        "export", metavar="PATH")
     data_root: Path | None = lct.option(None, "where the run's crops are now: an ONNX file is checked on some of them",
         "export", metavar="DIR", folder=lct.DATA_TREE)
     backbone_weights: Path | None = lct.option(None, "weights of its frozen backbone, if the run does not find them any more",

@@ -61,35 +61,20 @@ REVIEW_THUMB_PX = 160
 class PrelabelOptions(lct.RunOptions):
     """Give every detected object a class of a finished run, or `unknown`, for annotation tools."""
 
-    images: Path | None = lct.option(
-        None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR", needed=True, folder=True
-    )
-    detections: Path | None = lct.option(
-        None,
+    # fmt: off
+    images: Path | None = lct.option(None, "folder of the images, subfolders included", "pre-labelling", metavar="DIR",
+        needed=True, folder=True)
+    detections: Path | None = lct.option(None,
         "objects: COCO .json, folder of YOLO .txt, or labels of CVAT, Label Studio, CSV (default: each image is one)",
-        "pre-labelling",
-        metavar="PATH",
-    )
-    out: Path | None = lct.option(
-        None,
-        "where the labels are written; an unfinished job in it is continued",
-        "pre-labelling",
-        metavar="DIR",
-        needed=True,
-    )
-    overwrite: bool = lct.option(
-        False, "write --out anew; the old one is moved aside, not deleted", "pre-labelling", once=True
-    )
-    formats: str = lct.option(
-        ",".join(label_writers.WRITERS), "what to write, with commas between", "pre-labelling", metavar="LIST"
-    )
-    box_pad: float = lct.option(
-        0.0,
-        "share of a box's side added on each side: as loose as the training crops were cut",
-        "pre-labelling",
-        low=0.0,
-        high=5.0,
-    )
+        "pre-labelling", metavar="PATH")
+    out: Path | None = lct.option(None, "where the labels are written; an unfinished job in it is continued", "pre-labelling",
+        metavar="DIR", needed=True)
+    overwrite: bool = lct.option(False, "write --out anew; the old one is moved aside, not deleted", "pre-labelling", once=True)
+    formats: str = lct.option(",".join(label_writers.WRITERS), "what to write, with commas between", "pre-labelling",
+        metavar="LIST")
+    box_pad: float = lct.option(0.0, "share of a box's side added on each side: as loose as the training crops were cut",
+        "pre-labelling", low=0.0, high=5.0)
+    # fmt: on
 
 
 def check_options(options: PrelabelOptions) -> None:
