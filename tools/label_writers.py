@@ -301,27 +301,10 @@ def _quote_formula(text: str) -> str:
     return f"'{text}" if FORMULA.match(text) else text
 
 
-def _explain_nothing(_root: Path, _out: Path) -> str:
-    return ""
-
-
-def _no_problems(_: Sequence[str]) -> Iterator[Problem]:
-    return iter(())
-
-
-class Writer(NamedTuple):
-    """The functions of one format."""
-
-    write: Callable[[LabelSet], Iterator[LabelFile]]
-    find_problems: Callable[[Sequence[str]], Iterator[Problem]] = _no_problems  # takes the image paths
-    explain: Callable[[Path, Path], str] = _explain_nothing  # how to open the files; takes image root, --out
-    replaces_folder: bool = False  # there is a file per image, so the folder is replaced as a whole, once complete
-
-
-WRITERS = {
-    "coco": Writer(write_coco),
-    "yolo": Writer(write_yolo, find_equal_stems, replaces_folder=True),
-    "cvat": Writer(write_cvat),
-    "labelstudio": Writer(write_labelstudio, explain=explain_labelstudio),
-    "csv": Writer(write_csv),
+WRITERS: dict[str, Callable[[LabelSet], Iterator[LabelFile]]] = {
+    "coco": write_coco,
+    "yolo": write_yolo,
+    "cvat": write_cvat,
+    "labelstudio": write_labelstudio,
+    "csv": write_csv,
 }

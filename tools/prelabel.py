@@ -177,8 +177,8 @@ def read_detections(options: PrelabelOptions) -> Detections:
         raise lct.UserError(f"holds no objects in these images{reason}", f"--detections {source}", remedy)
     paths = [tree.paths[index] for index in detected.images]
     problems = [Problem(path, None, reason) for path, reason in tree.problems] + detected.problems
-    for name in dict.fromkeys(options.formats.split(",")):
-        problems.extend(label_writers.WRITERS[name].find_problems(paths))
+    if "yolo" in options.formats.split(","):
+        problems.extend(label_writers.find_equal_stems(paths))
     image_indices = np.array([image for image, _ in detected.objects], dtype=np.int64)
     order = np.argsort(image_indices, kind="stable")
     return Detections(
@@ -368,10 +368,8 @@ def label_photos(options: PrelabelOptions) -> None:
         f"{counts}: {summary['unknown']:,} unknown, {lct.count_of(summary['problems'], 'problem')} (problems.json)\n"
         f"written: {options.out}; begin with review.html"
     )
-    for name, writer in label_writers.WRITERS.items():
-        explanation = writer.explain(options.images, options.out)
-        if name in options.formats.split(",") and explanation:
-            lct.show(explanation)
+    if "labelstudio" in options.formats.split(","):
+        lct.show(label_writers.explain_labelstudio(options.images, options.out))
 
 
 def write_prelabels(prelabels: Prelabels, run: lct.TrainedRun, options: PrelabelOptions) -> dict[str, Any]:
@@ -426,22 +424,22 @@ def write_labels(out: Path, name: str, labels: label_writers.LabelSet) -> None:
 
     The path and digest of each file are logged before it takes its place: after a kill, the next job recognises the files.
     """
-    writer = label_writers.WRITERS[name]
+    is_folder = name == "yolo"  # of a file per image: it is replaced as a whole, once complete
     new_folder = out / f".{name}.{os.getpid()}.tmp"
     lines: list[str] = []
     with contextlib.closing(lct.LineFile(out / WRITTEN_NAME)) as log:
-        log_line = lines.append if writer.replaces_folder else log.append
-        for path, content in writer.write(labels):
-            target = (new_folder if writer.replaces_folder else out) / path
+        log_line = lines.append if is_folder else log.append
+        for path, content in label_writers.WRITERS[name](labels):
+            target = (new_folder if is_folder else out) / path
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
                 _replace_link(target, content)
                 continue
-            with open(target, "wb") if writer.replaces_folder else lct.atomic_file(target) as file:
+            with open(target, "wb") if is_folder else lct.atomic_file(target) as file:
                 log_line(_write_chunks(file, path, content))
         if lines:
             log.append("".join(lines))
-    if writer.replaces_folder:
+    if is_folder:
         old_folder = out / f".{name}.old.{os.getpid()}.tmp"
         if (out / name).exists():
             (out / name).rename(old_folder)
