@@ -173,20 +173,16 @@ class TensorBoard:
 
     def add_scalars(self, scalars: Sequence[tuple[str, str, float]], epoch: int, when: float) -> None:
         """Write the figures of an epoch; those of a repeated epoch replace the old ones."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         if epoch <= self._last_epoch:
             self._forget_from(epoch)
         self._last_epoch = epoch
-        values = [Summary.Value(tag=f"{title}/{series}", simple_value=value) for title, series, value in scalars]
-        self._add(Summary(value=values), epoch, when)
+        values = [{"tag": f"{title}/{series}", "simple_value": value} for title, series, value in scalars]
+        self._add(epoch, when, summary={"value": values})
 
     def add_figures(self, figures: dict[str, float], when: float) -> None:
         """Write the final figures at the last epoch."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        self._add(Summary(value=values), self._last_epoch, when)
+        values = [{"tag": name, "simple_value": value} for name, value in figures.items()]
+        self._add(self._last_epoch, when, summary={"value": values})
 
     def add_confusion(self, matrix: list[list[int]], names: Sequence[str], when: float) -> None:
         """Write the test's confusion matrix as a table, or with many classes its most frequent confusions."""
@@ -213,25 +209,17 @@ class TensorBoard:
         self._writer.close()
 
     def _forget_from(self, epoch: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        self._writer.add_event(
-            Event(session_log=SessionLog(status=SessionLog.START), step=epoch, wall_time=time.time())
-        )
+        self._add(epoch, time.time(), session_log={"status": "START"})
 
     def _add_text(self, tag: str, text: str, step: int, when: float) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        metadata = {"plugin_data": {"plugin_name": "text"}}
+        tensor = {"dtype": "DT_STRING", "string_val": [text.encode("utf-8", "replace")]}
+        self._add(step, when, summary={"value": [{"tag": tag, "metadata": metadata, "tensor": tensor}]})
 
-        plugin = SummaryMetadata.PluginData(plugin_name="text")
-        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode("utf-8", "replace")])
-        metadata = SummaryMetadata(plugin_data=plugin)
-        self._add(Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)]), step, when)
-
-    def _add(self, summary: Any, step: int, when: float) -> None:
+    def _add(self, step: int, when: float, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._writer.add_event(Event(summary=summary, step=step, wall_time=when))
+        self._writer.add_event(Event(step=step, wall_time=when, **content))
         self._writer.flush()
 
 
