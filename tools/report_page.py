@@ -218,14 +218,18 @@ def view_map(run: Run, pictures: Pictures) -> dict[str, Any] | None:
         answer = answers.get(shot) if split == "test" else None
         outcome = "" if answer is None else ", recognised" if answer.is_right else f", taken for {answer.answer}"
         masked = " (masked)" if shot.view == "mask" else ""
+        down, across = divmod(index, MAP_SPRITE_COLUMNS)  # cell of the sprite
+        thumb = f"{100 * across / max(1, size[0] - 1):.3f}% {100 * down / max(1, size[1] - 1):.3f}%"  # CSS background-position
         points.append({
-            "style": f"{place_in_map(x, y)}; --thumb: {place_in_sprite(index, size)}",
+            "style": f"{place_in_map(x, y)}; --thumb: {thumb}",
             "label": label,
             "split": split,
             "is_error": answer is not None and not answer.is_right,
             "text": f"{run.class_names[label]}\n{split}{outcome}\n{shot.path}{masked}",
         })  # fmt: skip
-        paste_thumbnail(sprite, pictures.load(shot, MAP_THUMB_PX), index)
+        image = pictures.load(shot, MAP_THUMB_PX) or Image.new("RGB", (MAP_THUMB_PX, MAP_THUMB_PX), (128, 128, 128))
+        margins = [(MAP_THUMB_PX - side) // 2 for side in image.size]
+        sprite.paste(image, (across * MAP_THUMB_PX + margins[0], down * MAP_THUMB_PX + margins[1]))
     return {
         "points": points,
         "num_rows": len(table.labels),
@@ -260,21 +264,6 @@ def project(embeddings: np.ndarray) -> np.ndarray:
     # One thread: OpenMP sums in no fixed order, and t-SNE amplifies a difference in the last bit into another map.
     with threadpool_limits(limits=1):
         return TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(centered.astype(np.float32))
-
-
-def place_in_sprite(index: int, size: tuple[int, int]) -> str:
-    """Return the CSS background-position that shows one cell of a sprite of `size` (columns, rows)."""
-    row, column = divmod(index, MAP_SPRITE_COLUMNS)
-    return f"{100 * column / max(1, size[0] - 1):.3f}% {100 * row / max(1, size[1] - 1):.3f}%"
-
-
-def paste_thumbnail(sprite: Image.Image, image: Image.Image | None, index: int) -> None:
-    """Paste an image into the middle of its cell of the sprite; a missing image becomes a gray square."""
-    image = image or Image.new("RGB", (MAP_THUMB_PX, MAP_THUMB_PX), (128, 128, 128))
-    row, column = divmod(index, MAP_SPRITE_COLUMNS)
-    x = column * MAP_THUMB_PX + (MAP_THUMB_PX - image.width) // 2
-    y = row * MAP_THUMB_PX + (MAP_THUMB_PX - image.height) // 2
-    sprite.paste(image, (x, y))
 
 
 def place_names(class_names: tuple[str, ...], positions: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
