@@ -26,7 +26,8 @@ from typing import Any
 
 from drawn_scenes import draw_dataset, draw_unknown_objects, draw_workbench, encode_jpeg
 from drawn_tools import CLASS_NAMES
-from PIL import Image, ImageDraw, ImageFont
+from fonts import load_font
+from PIL import Image, ImageDraw
 
 SCRIPT = Path(__file__).resolve().parents[1] / "lct_dino3.py"
 IMAGES_PER_KIND = 40  # of unknown objects
@@ -48,7 +49,6 @@ TRAIN_FLAGS = {
     "--epochs": "18",
     "--save_every": "0",
 }
-FONT_NAMES = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "Arial.ttf")
 OUTLINE = 3  # line width of a drawn box, px in an image of 1,000 px
 
 # Drawing the answers into the photo.
@@ -100,16 +100,6 @@ def draw_prelabels(image: Image.Image, objects: Sequence[tuple[Sequence[float], 
         draw.rectangle(tag, fill=ink if label >= 0 else "white", outline=ink, width=line)
         draw.text((tag[0] + 2 * line - left, tag[1] + 2 * line - top), text, "white" if label >= 0 else ink, font)
     return drawn
-
-
-def load_font(size: int) -> Any:
-    """Return a font of the system, else Pillow's default font."""
-    for name in FONT_NAMES:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
 
 
 def _place_tag(

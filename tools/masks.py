@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from fonts import load_font
+from PIL import Image, ImageDraw
 
 import lct_dino3 as lct
 
@@ -578,15 +579,6 @@ def _draw_preview(sheet: Image.Image, corner: tuple[int, int], item: MaskPreview
     width = 3 * PREVIEW_SIDE + 2 * 4
     draw.text((left, top + PREVIEW_SIDE + 6), fit_text(item.caption, load_font(14), width), "black", load_font(14))
     draw.text((left, top + PREVIEW_SIDE + 26), fit_text(item.note, load_font(13), width), PREVIEW_RED, load_font(13))
-
-
-@functools.cache
-def load_font(size: int) -> Any:
-    """Return a system font with Cyrillic and Greek, else Pillow's default, which shows boxes for them."""
-    for name in ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "Arial.ttf"):
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
 
 
 def fit_text(text: str, font: Any, width: int) -> str:

@@ -5,8 +5,6 @@ A mesh has vertices, float64 (V, 3), and faces, int64 (F, 3). The third axis poi
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import io
 import itertools
 import re
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from fonts import load_font
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 MESH_SUFFIXES = (".off", ".obj", ".ply", ".stl")
@@ -338,7 +337,7 @@ def draw_mesh(mesh: Any, side: int) -> Image.Image:
 
 def draw_sheet(rows: Sequence[Sequence[tuple[str, Image.Image | None]]], side: int) -> Image.Image:
     """Arrange rows of captioned pictures in a table; None leaves a cell without a picture."""
-    font = load_font()
+    font = load_font(12)
     sheet = Image.new("RGB", (side * max(map(len, rows)), (side + 18) * len(rows)), (PAPER,) * 3)
     pen = ImageDraw.Draw(sheet)
     for row, cells in enumerate(rows):
@@ -353,7 +352,7 @@ def draw_sheet(rows: Sequence[Sequence[tuple[str, Image.Image | None]]], side: i
 def draw_curves(panels: dict[str, dict[str, Sequence[float | None]]]) -> Image.Image:
     """Draw a chart per title, side by side, with a line per name over epochs 1, 2, ...; None and NaN interrupt a line."""
     width, height, left_margin, top_margin = 420, 300, 60, 40
-    font = load_font()
+    font = load_font(12)
     panel_width = width + left_margin + 20
     picture = Image.new("RGB", (len(panels) * panel_width, height + 2 * top_margin), (PAPER,) * 3)
     pen = ImageDraw.Draw(picture)
@@ -382,7 +381,7 @@ def draw_curves(panels: dict[str, dict[str, Sequence[float | None]]]) -> Image.I
 def draw_matrix(values: np.ndarray, names: Sequence[str]) -> Image.Image:
     """Draw a square matrix of cosines as a heat map, where 1 is dark; names and numbers are drawn if there is room for them."""
     cell, left = max(1, min(MATRIX_CELL, MATRIX_SIDE // len(names))), 220
-    font = load_font()
+    font = load_font(12)
     colours = PAPER + (np.array([38, 84, 124]) - PAPER) * np.clip(values, 0, 1)[:, :, None]
     side = cell * len(names)
     heat_map = Image.fromarray(colours.round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
@@ -400,7 +399,7 @@ def draw_matrix(values: np.ndarray, names: Sequence[str]) -> Image.Image:
 def draw_points(points: np.ndarray, names: Sequence[str]) -> Image.Image:
     """Draw named points (N, 2), both axes at the same scale."""
     side, margin = 640, 90
-    font = load_font()
+    font = load_font(12)
     picture = Image.new("RGB", (side, side), (PAPER,) * 3)
     pen = ImageDraw.Draw(picture)
     span = max(float(np.ptp(points, axis=0).max()), 1e-9)
@@ -410,15 +409,6 @@ def draw_points(points: np.ndarray, names: Sequence[str]) -> Image.Image:
         pen.ellipse((x - 4, y - 4, x + 4, y + 4), COLOURS[index % len(COLOURS)])
         pen.text((x, y - 8), name[:32], INK, font, anchor="mb")
     return picture
-
-
-@functools.cache
-def load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return a font of 12 px: a system font with Cyrillic and Greek, or else the default font of Pillow, which has neither."""
-    for name in ("DejaVuSans.ttf", "Arial.ttf"):
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, 12)
-    return ImageFont.load_default(12)
 
 
 def encode_png(picture: Image.Image) -> bytes:
