@@ -37,6 +37,7 @@ import lct_dino3 as lct
 
 # isort: split
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 VERSION = 1  # of cutting and writing crops; another version cuts all of them anew
@@ -285,7 +286,8 @@ class Cutter:
             detection = json.loads(text)
             try:
                 cutting = geometry.cut_object(image, detection, self.box_pad, with_mask=True)
-                jpeg = encode_jpeg(cutting.pixels)
+                pixels = np.ascontiguousarray(cutting.pixels)
+                jpeg = simplejpeg.encode_jpeg(pixels, JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
             except ValueError as error:  # a BoxError, or a side longer than JPEG allows
                 cut.problems.append(Problem(photo.path, detection.get("id"), str(error)))
                 continue
@@ -300,18 +302,6 @@ class Cutter:
 def hash_bytes(data: bytes) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     return hashlib.sha256(data).hexdigest()
-
-
-def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """Encode pixels uint8 (h, w, 3) as JPEG without chroma subsampling.
-
-    Raises:
-        ValueError: a side is longer than JPEG allows.
-    """
-    import simplejpeg
-
-    pixels = np.ascontiguousarray(pixels)
-    return simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
 
 
 def encode_png(mask: np.ndarray) -> bytes:
