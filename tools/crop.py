@@ -20,7 +20,7 @@ import shlex
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -489,7 +489,13 @@ def crop_photos(options: CropOptions) -> None:
     """Cut labelled photos into one folder of crops a class; a later call makes the crops follow corrected labels."""
     check_options(options)
     labelled = read_labelled(options)
-    check_folders(options, labelled.folders.values())
+    for folder in labelled.folders.values():
+        path = options.out / folder
+        if path.is_dir() and not (path / "cropped").exists():
+            images = [file.name for file in lct.visible_entries(path) if file.name.lower().endswith(lct.IMAGE_SUFFIXES)]
+            if images:  # of a person
+                problem = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
+                raise lct.UserError(problem, str(path), "move them into a folder cropped there")
     lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         records = Records(options.out)
@@ -511,21 +517,6 @@ def crop_photos(options: CropOptions) -> None:
         counts = write_records(options, records)
     unlabelled = records.crops.keys() - set(labelled.paths)
     print_summary(options, labelled, counts, problems, sum(len(records.crops[photo]) for photo in unlabelled))
-
-
-def check_folders(options: CropOptions, folders: Iterable[str]) -> None:
-    """Refuse a class folder that a person has filled: a subfolder `cropped` would hide the images beside it from training.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    for folder in folders:
-        path = options.out / folder
-        if path.is_dir() and not (path / "cropped").exists():
-            images = [file.name for file in lct.visible_entries(path) if file.name.lower().endswith(lct.IMAGE_SUFFIXES)]
-            if images:
-                problem = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
-                raise lct.UserError(problem, str(path), "move them into a folder cropped there")
 
 
 def cut_photos(options: CropOptions, labelled: Labelled, records: Records) -> list[Problem]:
