@@ -120,35 +120,26 @@ def check_corrections(options: PrelabelOptions) -> None:
     Raises:
         UserError: naming the first file that is not.
     """
-    digests = read_written(options.out)
+    digests: dict[str, list[str]] = {}  # of everything ever written, by path in --out
+    if (options.out / WRITTEN_NAME).is_file():
+        for line in (options.out / WRITTEN_NAME).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # half a line, left by a kill
+                path, digest = json.loads(line)
+                digests.setdefault(path, []).append(digest)
     for name in options.formats.split(","):
         paths = sorted(options.out.glob("objects.csv" if name == "csv" else f"{name}/**/*"))
         for path in paths:
             is_label = path.is_file() and not path.is_symlink() and path.name[0] != "." and path.suffix != ".cache"
             relative = path.relative_to(options.out).as_posix()
-            if is_label and digest_bytes(path.read_bytes()) not in digests.get(relative, ()):
+            if is_label and hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest() not in digests.get(
+                relative, ()
+            ):
                 problem = "was changed after it was written" if digests else "may hold corrections"
                 raise lct.UserError(
                     f"{problem}, and would be written anew",
                     str(path),
                     "give another --out, or --overwrite, which moves the old one aside",
                 )
-
-
-def read_written(out: Path) -> dict[str, list[str]]:
-    """Return for each path in --out the digests of everything ever written there."""
-    digests: dict[str, list[str]] = {}
-    if (out / WRITTEN_NAME).is_file():
-        for line in (out / WRITTEN_NAME).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # half a line, left by a kill
-                path, digest = json.loads(line)
-                digests.setdefault(path, []).append(digest)
-    return digests
-
-
-def digest_bytes(data: bytes) -> str:
-    """Return the digest of a file's content, 24 hex digits."""
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 # --- reading detections
