@@ -13,7 +13,6 @@ import contextlib
 import errno
 import functools
 import glob
-import hashlib
 import http.client
 import json
 import lzma
@@ -66,7 +65,6 @@ class Link(NamedTuple):
     text: str  # shown in the menu
     classes: tuple[str, ...] = ()  # only these are used; () = all
     folder: str = ""  # name of the larger data set that contains it
-    sha256: str = ""  # '' = none is published
 
 
 # Addresses from https://modelnet.cs.princeton.edu.
@@ -128,7 +126,7 @@ def fill_folder(folder: Path, link: Link) -> None:
     if link.url:
         archive = folder.with_name(f"{folder.name}.zip")
         if not archive.exists():  # else a start that could not unpack it has left it
-            download_file(link.url, archive, link.sha256)
+            download_file(link.url, archive)
         extract_archive(archive, temporary)
     else:
         draw_toy_set(temporary)
@@ -174,10 +172,10 @@ def select_local_dataset() -> Path | None:
 # --- downloads
 
 
-def download_file(url: str, path: Path, sha256: str = "") -> None:
+def download_file(url: str, path: Path) -> None:
     """Fetch a file over HTTP; after a failure, the next try continues from `<path>.part`.
 
-    Raises UserError if the server cannot be reached or refuses, the file has another SHA-256, or the disk is full.
+    Raises UserError if the server cannot be reached or refuses, or the disk is full.
     """
     part = path.with_name(f"{path.name}.part")
     last_error: Exception | None = None
@@ -200,13 +198,6 @@ def download_file(url: str, path: Path, sha256: str = "") -> None:
             last_error = error
     else:
         raise _download_error(url, last_error) from last_error
-    if sha256:
-        with open(part, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != sha256:
-            part.unlink()
-            remedy = "it is deleted; try again, or tell its publisher"
-            raise lct.UserError(f"has SHA-256 {digest}, not {sha256}", url, remedy)
     part.replace(path)
     part.with_name(f"{part.name}.json").unlink(missing_ok=True)
     lct.sync_folder(path.parent)
