@@ -212,7 +212,7 @@ def view_map(run: Run, pictures: Pictures) -> dict[str, Any] | None:
     sprite = Image.new("RGB", (size[0] * MAP_THUMB_PX, size[1] * MAP_THUMB_PX), (226, 228, 232))
     points = []
     for index, (row, (x, y)) in enumerate(zip(rows, positions.tolist(), strict=True)):
-        shot = Shot(table.paths[row], table.views[row])
+        shot = Shot(table.paths[row], "mask" if table.views[row] else "bbox")
         label = int(table.labels[row])
         split = str(table.splits[row])
         answer = answers.get(shot) if split == "test" else None

@@ -78,16 +78,15 @@ class Prediction:
         return self.answer == self.class_name
 
 
-@dataclass(frozen=True)
-class Embeddings:
+class Embeddings(NamedTuple):
     """embeddings.npz: N views of crops."""
 
     embeddings: np.ndarray  # (N, D) float32 unit norm
     labels: np.ndarray  # (N,) int
-    paths: list[str]  # (N,)
-    views: list[str]  # (N,)
+    paths: np.ndarray  # (N,) str
+    views: np.ndarray  # (N,) int, 1 = with its background replaced
     splits: np.ndarray  # (N,) str
-    masks: list[str]  # (N,) paths relative to data_root, '' without a mask
+    masks: np.ndarray  # (N,) str, paths relative to data_root, '' without a mask
 
 
 @dataclass(frozen=True)
@@ -278,14 +277,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 def read_embeddings(path: Path) -> Embeddings:
     """Return the contents of embeddings.npz."""
     arrays = read_arrays(path)
-    return Embeddings(
-        embeddings=arrays["embeddings"],
-        labels=arrays["labels"],
-        paths=arrays["paths"].tolist(),
-        views=["mask" if view else "bbox" for view in arrays["views"].tolist()],
-        splits=arrays["splits"],
-        masks=arrays["masks"].tolist(),
-    )
+    return Embeddings(*(arrays[name] for name in Embeddings._fields))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
