@@ -198,13 +198,6 @@ class CutUnit(NamedTuple):
     problems: list[tuple[int, str]]  # index of the object, or -1 for the whole image; the reason
 
 
-class CutBatch(NamedTuple):
-    """A batch of the loader."""
-
-    images: torch.Tensor  # uint8 (B, 3 or 4, H, W): the crops of all units, unit after unit
-    cuts: list[CutUnit]
-
-
 class DetectionDataset(Dataset):
     """Crops of detected objects, indexed by `Unit`: one decode of the image gives all crops of a unit."""
 
@@ -213,13 +206,11 @@ class DetectionDataset(Dataset):
         self.transform = run.transform()
         self.box_pad = box_pad
         self.uses_masks = run.config.crop_mode != "bbox"
-        self.side = run.config.img_size
-        self.image_bits = detections.image_bits
 
     def __getitem__(self, unit: Unit) -> tuple[list[np.ndarray], CutUnit]:
         path = self.detections.root / self.detections.paths[unit.image_index]
         try:
-            image = lct.load_image(path, self.image_bits) if unit.last > unit.first else None
+            image = lct.load_image(path, self.detections.image_bits) if unit.last > unit.first else None
             size = read_image_size(path) if image is None else (image.shape[1], image.shape[0])
         except lct.ImageError as error:
             return [], CutUnit(unit, (0, 0), [], [(-1, f"cannot be read: {error}")])
@@ -249,11 +240,11 @@ class DetectionDataset(Dataset):
         cut.objects.append((index, cutting.box, mask is not None))
         return crop
 
-    def collate(self, samples: list[tuple[list[np.ndarray], CutUnit]]) -> CutBatch:
-        """Stack the crops of all units into one batch."""
+    def collate(self, samples: list[tuple[list[np.ndarray], CutUnit]]) -> tuple[torch.Tensor, list[CutUnit]]:
+        """Stack the crops of all units, unit after unit, to uint8 (B, 3 or 4, H, W)."""
         crops = [crop for unit_crops, _ in samples for crop in unit_crops]
-        stacked = np.stack(crops) if crops else np.zeros((0, self.side, self.side, 3), np.uint8)
-        return CutBatch(torch.from_numpy(stacked).permute(0, 3, 1, 2), [cut for _, cut in samples])
+        stacked = np.stack(crops) if crops else np.zeros((0, 1, 1, 3), np.uint8)
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2), [cut for _, cut in samples]
 
 
 def answer_objects(run: lct.TrainedRun, detections: Detections, options: PrelabelOptions) -> Prelabels:
@@ -294,14 +285,15 @@ def answer_batches(
     dataset = DetectionDataset(detections, run, options.box_pad)
     batch_size = -(-options.batch // lct.get_world_size())
 
-    def answer(batch: CutBatch) -> list[dict[str, Any]]:
+    def answer(batch: tuple[torch.Tensor, list[CutUnit]]) -> list[dict[str, Any]]:
+        images, cuts = batch
         embeddings = np.zeros((0, 1), np.float32)
-        if len(batch.images):
-            paths = [detections.paths[cut.unit.image_index] for cut in batch.cuts for _ in cut.objects]
-            embeddings = run.embed(batch.images, paths.__getitem__, batch_size)
+        if len(images):
+            paths = [detections.paths[cut.unit.image_index] for cut in cuts for _ in cut.objects]
+            embeddings = run.embed(images, paths.__getitem__, batch_size)
         answers = iter(answer_crops(run.gallery, embeddings))
         records = []
-        for cut in batch.cuts:
+        for cut in cuts:
             # Records count objects within their image: the answers stay valid when other images come or go.
             first = int(detections.borders[cut.unit.image_index])
             objects = [[index - first, box, has_mask, *next(answers)] for index, box, has_mask in cut.objects]
