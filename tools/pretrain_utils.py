@@ -33,6 +33,7 @@ from slt.data import Data, read_data
 from slt.models import ARCHITECTURE, DinoHead, ViTSmallPatch16, fill_model, read_backbone
 from slt.options import FREE_OPTIONS, PretrainOptions, apply_preset, check_options
 from slt.views import EpochBatches, ViewBatch, ViewDataset, ViewKey, resize
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -73,16 +74,6 @@ class Networks(nn.Module):
         images = (views.flatten(0, 1).float() - self.mean) / self.std
         tokens = self.backbone.encode(images, None if masks is None else masks.flatten(0, 1))
         return tokens.unflatten(0, views.shape[:2])
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups for the optimizer: matrices with weight decay; biases, norms, positions and tokens without."""
-    decayed = []
-    undecayed = []
-    for name, parameter in model.named_parameters():
-        is_undecayed = parameter.ndim < 2 or name.rpartition(".")[2] in ("cls_token", "pos_embed", "mask_token")
-        (undecayed if is_undecayed else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
 
 
 @torch.no_grad()
@@ -215,7 +206,8 @@ def build_state(options: PretrainOptions, device: torch.device) -> State:
     targets = nn.ModuleDict({"class": losses.Target(options.out_dim, *settings)})
     if options.algorithm == "ibot":
         targets["patch"] = losses.Target(len(student.patch_head.prototypes), *settings)
-    groups = parameter_groups(student, options.weight_decay)
+    undecayed = ("backbone.cls_token", "backbone.pos_embed")  # besides biases, norms and the mask token
+    groups = param_groups_weight_decay(student, options.weight_decay, no_weight_decay_list=undecayed)[::-1]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, foreach=True)
     tally = torch.zeros(len(TALLY), dtype=torch.float64, device=device)
     return State(student, teacher, targets.to(device), optimizer, tally)
