@@ -234,7 +234,13 @@ def fit(job: Job, state: State) -> None:
             state.epoch += 1
             state.batches = 0
             state.tally.zero_()
-            finish_epoch(job, state, figures, collapse)
+            job.run.event("epoch_end", epoch=state.epoch, step=state.step, **figures, collapse=collapse or None)
+            # The loss never chooses the best epoch: a collapsed run has a low loss as well. Of equal epochs the latest: a few crops
+            # reach 1.0 at once.
+            value = figures[job.identity["chosen_by"]]
+            if not state.best or value >= state.best["value"]:
+                save_best(job, state, value)
+            save_last(job, state)
         job.run.log(format_epoch(job, state, figures, time.monotonic() - began))
         if collapse:
             job.run.log(f"warning: {collapse}")
@@ -418,16 +424,6 @@ def find_collapse(job: Job, state: State, figures: dict[str, float]) -> str:
 def highest_information(job: Job) -> float:
     """Return the most nats that the teacher's outputs can hold: ln of their number, or of that of the held-out views if less."""
     return math.log(min(job.options.out_dim, job.held_out_views.shape[:2].numel()))
-
-
-def finish_epoch(job: Job, state: State, figures: dict[str, float], collapse: str) -> None:
-    """Record and save an epoch. The loss never chooses the best one, because a collapsed run has a low loss as well."""
-    metric = job.identity["chosen_by"]
-    job.run.event("epoch_end", epoch=state.epoch, step=state.step, **figures, collapse=collapse or None)
-    # Of equal epochs the latest: a few crops reach 1.0 at once.
-    if not state.best or figures[metric] >= state.best["value"]:
-        save_best(job, state, figures[metric])
-    save_last(job, state)
 
 
 def save_best(job: Job, state: State, value: float) -> None:
