@@ -201,15 +201,6 @@ def check_options(options: ModelitOptions) -> None:
             raise lct.UserError(problem, f"--{name} {num_layers}", remedy)
 
 
-def check_batches(options: ModelitOptions, num_shapes: int) -> None:
-    """Raise UserError if a step would give BatchNorm one value a channel, of which it can learn nothing."""
-    num_layers = max(options.num_encoder_layers, options.disc_num_layers)
-    if options.use_batch_norm and options.voxel_size == 2**num_layers and 1 in (num_shapes, options.batch_size):
-        where = f"{options.describe('batch_size')}, with {lct.count_of(num_shapes, 'shape')} to train on"
-        problem = "BatchNorm after a layer that leaves one voxel needs two shapes a step"
-        raise lct.UserError(problem, where, "give more, or --no-use_batch_norm")
-
-
 def choose_runtime(options: ModelitOptions) -> lct.Runtime:
     """Return the device and precision to compute with; if --device gpu finds no GPU, say so and use the CPU."""
     available = torch.cuda.device_count()
@@ -276,7 +267,12 @@ def train(options: ModelitOptions) -> None:
     lct.create_out_dir(options.checkpoint.parent, "--checkpoint")
     runtime = choose_runtime(options)
     shapes, problems = load_shapes(options, lct.show)
-    check_batches(options, np.count_nonzero(~shapes.held_out))
+    num_layers = max(options.num_encoder_layers, options.disc_num_layers)
+    num_shapes = np.count_nonzero(~shapes.held_out)
+    if options.use_batch_norm and options.voxel_size == 2**num_layers and 1 in (num_shapes, options.batch_size):
+        where = f"{options.describe('batch_size')}, with {lct.count_of(num_shapes, 'shape')} to train on"
+        problem = "BatchNorm after a layer that leaves one voxel needs two shapes a step"
+        raise lct.UserError(problem, where, "give more, or --no-use_batch_norm")
     plain = options.as_plain()
     fixed = [field.name for field in lct.option_fields(type(options)) if field.metadata.get("fixed")]
     identity = {name: plain[name] for name in fixed} | {"class_names": shapes.class_names}
