@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import operator
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any, NamedTuple
 import geometry
 import label_writers
 from label_objects import Problem
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lct_dino3 as lct
 

@@ -25,19 +25,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import geometry
-from crop_records import PROGRESS_NAME, RECORDS_NAME, Records, hash_file, list_files, parse_number, read_lines, to_line
-from label_objects import LabelError, Problem, find_class_name
-from labels import read_labels
-from photos import find_photo_bits
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lct_dino3 as lct
 
 # isort: split
+import geometry
 import numpy as np
 import simplejpeg
+from crop_records import PROGRESS_NAME, RECORDS_NAME, Records, hash_file, list_files, parse_number, read_lines, to_line
+from label_objects import LabelError, Problem, find_class_name
+from labels import read_labels
+from photos import find_photo_bits
 from PIL import Image
 
 VERSION = 1  # of cutting and writing crops; another version cuts all of them anew

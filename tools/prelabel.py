@@ -23,8 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lct_dino3 as lct  # before torch: it sets environment variables that torch reads on import
+
+# isort: split
 import geometry
 import label_writers
+import numpy as np
+import torch
 from answers import (
     AnsweredImage,
     AnswerFile,
@@ -39,14 +46,6 @@ from answers import (
 from label_objects import LabelError, Problem
 from labels import read_objects
 from photos import find_photo_bits, read_image_size
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import lct_dino3 as lct  # before torch: it sets environment variables that torch reads on import
-
-# isort: split
-import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 

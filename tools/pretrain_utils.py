@@ -11,14 +11,11 @@ import copy
 import dataclasses
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lct_dino3 as lct  # before torch: it sets environment variables that torch reads at import
 
