@@ -28,15 +28,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_page": {"run_files"},
     "run_files": set(),
     "track": set(),
-    "demo": {"drawn_scenes", "drawn_tools"},  # it starts the others
+    "demo": {"drawn_scenes", "drawn_tools", "fonts"},  # it starts the others
     "drawn_scenes": {"drawn_tools"},
     "drawn_tools": set(),
+    "fonts": set(),
     "crop": {"crop_records", "geometry", "label_objects", "labels", "lct_dino3", "photos"},
     "prelabel": {"answers", "geometry", "label_objects", "label_writers", "labels", "lct_dino3", "photos"},
     "photos": {"lct_dino3"},
     "crop_records": {"lct_dino3"},
     "answers": {"geometry", "label_objects", "label_writers", "lct_dino3"},
-    "masks": {"lct_dino3"},
+    "masks": {"fonts", "lct_dino3"},
     "export": {"lct_dino3"},
     "pretrain_dino_face": {"lct_dino3", "pretrain_utils"},
     "pretrain_dino_hands": {"lct_dino3", "pretrain_utils"},
@@ -47,14 +48,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "slt.models": {"lct_dino3"},
     "slt.options": {"lct_dino3", "slt.models", "slt.views"},
     "slt.views": {"lct_dino3"},
-    "meshes": set(),
+    "meshes": {"fonts"},
     "voxel_gan": {"lct_dino3"},
     "dataset_loader": {"meshes", "lct_dino3"},
     "modelit": {"dataset_loader", "meshes", "voxel_gan", "lct_dino3"},
 }
 # In tools/, and imported by tools alone; as what lies in folders there.
 LIBRARIES = (
-    *("answers", "crop_records", "drawn_scenes", "drawn_tools", "geometry", "label_objects", "label_writers"),
+    *("answers", "crop_records", "drawn_scenes", "drawn_tools", "fonts", "geometry", "label_objects", "label_writers"),
     *("label_yolo", "labels", "meshes", "photos", "pretrain_utils", "report_comparison", "report_page", "run_files"),
     "voxel_gan",
 )

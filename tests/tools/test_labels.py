@@ -479,8 +479,8 @@ def test_every_format_writes_every_object_and_holds_one_image_at_a_time() -> Non
             yield label_writers.LabelledImage(number, 10 + number, f"{number} &.jpg", (20, 10), [item])
 
     label_set = label_writers.LabelSet(Path("/photos"), ('a "x"\n', "b"), "model", "description", images)
-    for name, writer in label_writers.WRITERS.items():
-        for path, content in writer.write(label_set):
+    for name, write in label_writers.WRITERS.items():
+        for path, content in write(label_set):
             if isinstance(content, Path):
                 is_link_each = name == "yolo" and path.startswith("yolo/images/") and content.parent == Path("/photos")
                 assert is_link_each or (content == Path("/photos") and path == f"{name}/images")
@@ -903,7 +903,7 @@ def test_what_a_format_holds_is_read_back_with_its_names_and_pixels(tmp_path: Pa
             yield label_writers.LabelledImage(number, number + 1, path, (640, 480), [item])
 
     label_set = label_writers.LabelSet(tmp_path / "photos", classes, "model", "description", images)
-    for path, content in label_writers.WRITERS[name].write(label_set):
+    for path, content in label_writers.WRITERS[name](label_set):
         if not isinstance(content, Path):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_bytes("".join(content).encode())

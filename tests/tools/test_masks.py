@@ -122,17 +122,11 @@ def make_requests(config: masks.MaskOptions) -> list[masks.MaskRequest]:
     ]
 
 
-def generate(
-    config: masks.MaskOptions, requests: list[masks.MaskRequest] | None = None
-) -> dict[str, masks.MaskOutcome]:
-    """Draw the masks, and return the newest outcomes on record."""
+def generate(config: masks.MaskOptions, requests: list[masks.MaskRequest] | None = None) -> dict[str, dict]:
+    """Draw the masks, and return the newest records, by path."""
     runtime = lct.Runtime(torch.device("cpu"), 0, torch.float32)
     masks.generate_masks(config, runtime, make_requests(config) if requests is None else requests)
-    return read_outcomes(config)
-
-
-def read_outcomes(config: masks.MaskOptions) -> dict[str, masks.MaskOutcome]:
-    return {path: masks.to_outcome(record) for path, record in lct.read_mask_log(config.out_dir).items()}
+    return lct.read_mask_log(config.out_dir)
 
 
 def read_lines(config: masks.MaskOptions) -> list[dict]:
@@ -183,7 +177,9 @@ def test_masks_are_those_that_sam2_itself_draws_on_the_crop(
     assert 0.1 < written.mean() < 0.9, "a mask of all or nothing proves nothing"
     assert (expected & written).sum() / (expected | written).sum() > 0.98
     outcome = outcomes["hammer/0000.png"]
-    assert outcome.score == pytest.approx(scores[best], abs=0.01) and outcome.area == pytest.approx(written.mean())
+    assert outcome["score"] == pytest.approx(scores[best], abs=0.01) and outcome["area"] == pytest.approx(
+        written.mean()
+    )
     assert np.array_equal(lct.load_mask(config.data_root / "hammer/masks/0000.png", is_alpha=False), written)
 
 
@@ -250,15 +246,15 @@ def test_low_scores_are_refused_remembered_and_tried_again_with_other_settings(
     config: masks.MaskOptions, asked: list[bytes], patch_used: Callable
 ) -> None:
     built = patch_used(masks, "_build_sam2")
-    scores = {path: outcome.score for path, outcome in generate(config).items()}
+    scores = {path: outcome["score"] for path, outcome in generate(config).items()}
     for request in make_requests(config):
         request.target.unlink()
     worst, *better = sorted(scores, key=scores.get)
     assert scores[worst] < scores[better[0]], "the random model cannot tell the crops apart"
     strict = dataclasses.replace(config, mask_min_score=scores[better[0]])
     outcomes = generate(strict)
-    assert [path for path, outcome in outcomes.items() if outcome.reason] == [worst]
-    assert f"score {scores[worst]:.2f} is below --mask_min_score" in outcomes[worst].reason
+    assert [path for path, outcome in outcomes.items() if outcome["reason"]] == [worst]
+    assert f"score {scores[worst]:.2f} is below --mask_min_score" in outcomes[worst]["reason"]
     assert [r.path for r in make_requests(config) if not r.target.exists()] == [worst]
 
     asked.clear()
@@ -271,10 +267,10 @@ def test_low_scores_are_refused_remembered_and_tried_again_with_other_settings(
     assert generate(dataclasses.replace(strict, sam2_ckpt=copied))[worst] == outcomes[worst] and asked == []
     request = next(request for request in make_requests(config) if request.path == worst)
     os.utime(request.source, ns=(1, 1))  # another crop under the old name
-    assert generate(strict)[worst].reason and len(asked) == 1
-    assert generate(dataclasses.replace(strict, mask_cleanup=False))[worst].reason and len(asked) == 2
-    assert generate(config)[worst].reason == "" and len(asked) == 3 and request.target.exists()
-    assert read_outcomes(config)[worst].reason == "", "the newest record counts"
+    assert generate(strict)[worst]["reason"] and len(asked) == 1
+    assert generate(dataclasses.replace(strict, mask_cleanup=False))[worst]["reason"] and len(asked) == 2
+    assert generate(config)[worst]["reason"] is None and len(asked) == 3 and request.target.exists()
+    assert lct.read_mask_log(config.out_dir)[worst]["reason"] is None, "the newest record counts"
     assert read_lines(config)[-1]["settings"] != read_lines(config)[-2]["settings"]
 
 
@@ -284,9 +280,9 @@ def test_implausible_areas_are_refused(
 ) -> None:
     monkeypatch.setattr(masks, "MASK_AREA_RANGE", allowed)
     outcomes = generate(config)
-    assert all(f" of the crop, {word} than " in outcome.reason for outcome in outcomes.values())
+    assert all(f" of the crop, {word} than " in outcome["reason"] for outcome in outcomes.values())
     assert not list(config.data_root.rglob("masks/*"))
-    assert [record["reason"] for record in read_lines(config)] == [outcome.reason for outcome in outcomes.values()]
+    assert [record["reason"] for record in read_lines(config)] == [outcome["reason"] for outcome in outcomes.values()]
 
 
 def test_judge_mask() -> None:
@@ -317,7 +313,7 @@ def test_the_chosen_candidate_is_written(
     logits[0], logits[1, :, :128], logits[2, :8] = 1.0, 1.0, 1.0
     monkeypatch.setattr(masks.Sam2, "propose", lambda *_: (np.array([0.9, 0.8, 0.7], np.float32), logits))
     outcome = generate(config, make_requests(config)[:1])["hammer/0000.png"]
-    assert outcome[1:] == (pytest.approx(0.8), 0.5, "")
+    assert (outcome["score"], outcome["area"], outcome["reason"]) == (pytest.approx(0.8), 0.5, None)
     written = np.asarray(Image.open(config.data_root / "hammer/masks/0000.png"))
     assert (written[:, :45] == 255).all() and (written[:, 45:] == 0).all()
 
@@ -361,7 +357,7 @@ def test_clean_up_can_be_switched_off(
     areas = {}
     for cleanup in (True, False):
         chosen = dataclasses.replace(config, mask_cleanup=cleanup, out_dir=config.out_dir / str(cleanup))
-        areas[cleanup] = generate(chosen, make_requests(config)[:1])["hammer/0000.png"].area
+        areas[cleanup] = generate(chosen, make_requests(config)[:1])["hammer/0000.png"]["area"]
         (config.data_root / "hammer/masks/0000.png").unlink()
     assert areas[True] == pytest.approx(0.25, abs=0.01) and areas[False] > areas[True]
 
@@ -394,8 +390,8 @@ def test_an_interrupted_call_keeps_what_is_done_and_the_next_does_the_rest(
     outcomes = generate(config)
     assert len(asked) == 2 and first.target.stat().st_mtime_ns == mtime
     assert [record["path"] for record in read_lines(config)] == [first.path, second.path, third.path]
-    assert list(outcomes) == sorted(CROPS) and not any(outcome.reason for outcome in outcomes.values())
-    assert all(0 < outcome.score <= 1 for outcome in outcomes.values()), "also that of the first call"
+    assert list(outcomes) == sorted(CROPS) and not any(outcome["reason"] for outcome in outcomes.values())
+    assert all(0 < outcome["score"] <= 1 for outcome in outcomes.values()), "also that of the first call"
     assert not [path for path in config.data_root.rglob("*") if path.name.endswith(".tmp")]
 
 
@@ -432,8 +428,8 @@ def test_killed_between_record_and_mask_it_is_drawn_again(
         patch.setattr(masks, "_write_mask", None)
         with pytest.raises(TypeError):
             generate(config, [request])
-    assert read_outcomes(config)[request.path].score > 0 and not request.target.exists()
-    assert generate(config, [request])[request.path].reason == "" and len(asked) == 2 and request.target.exists()
+    assert lct.read_mask_log(config.out_dir)[request.path]["score"] > 0 and not request.target.exists()
+    assert generate(config, [request])[request.path]["reason"] is None and len(asked) == 2 and request.target.exists()
 
 
 def test_a_half_written_line_is_passed_over(config: masks.MaskOptions, asked: list[bytes]) -> None:
@@ -462,7 +458,7 @@ def test_foreign_lines_are_passed_over(tmp_path: Path, line: str) -> None:
 def test_masks_that_exist_are_never_touched(config: masks.MaskOptions, asked: list[bytes]) -> None:
     """One lies there before, one is drawn by hand after the crop was refused."""
     refused = generate(dataclasses.replace(config, mask_min_score=1.0))
-    assert all(outcome.reason for outcome in refused.values())
+    assert all(outcome["reason"] for outcome in refused.values())
     mine = make_requests(config)[0].target
     mine.parent.mkdir()
     mine.write_bytes(b"drawn by hand")
@@ -481,8 +477,8 @@ def test_a_broken_image_costs_that_image(config: masks.MaskOptions, asked: list[
     )
     outcomes = generate(config, [broken, gone, *good])
     assert list(outcomes) == [broken.path, gone.path, *(request.path for request in good)]
-    assert "truncated" in outcomes[broken.path].reason and np.isnan(outcomes[broken.path].score)
-    assert outcomes[gone.path].reason == "No such file or directory"
+    assert "truncated" in outcomes[broken.path]["reason"] and outcomes[broken.path]["score"] is None
+    assert outcomes[gone.path]["reason"] == "No such file or directory"
     assert [request.target.exists() for request in (broken, gone, *good)] == [False, False, True, True]
     assert read_lines(config)[0]["score"] is None, "JSON has no NaN"
     asked.clear()
@@ -495,10 +491,10 @@ def test_a_name_too_long_for_a_mask_costs_that_image(config: masks.MaskOptions, 
         path = f"hammer/{'я' * length}.png"
         draw_image(length, side=120).save(config.data_root / path)
         masks.draw_masks(config)
-        assert read_outcomes(config)[path].reason == "the name of its mask is too long"
+        assert lct.read_mask_log(config.out_dir)[path]["reason"] == "the name of its mask is too long"
     request = make_requests(config)[0]
     fits = request._replace(target=request.target.with_name("n" * (masks.MAX_NAME_BYTES - 4) + ".png"))
-    assert generate(config, [fits])[request.path].reason == "" and fits.target.exists()
+    assert generate(config, [fits])[request.path]["reason"] is None and fits.target.exists()
 
 
 @pytest.mark.parametrize("folder", ["/proc/masks", "FILE/masks"], ids=["read-only", "below a file"])

@@ -903,7 +903,7 @@ def test_pictures_of_many_prompts_stay_small_and_captions_have_cyrillic() -> Non
     assert max(picture.size) < 4500
     few = meshes.draw_matrix(np.eye(3), ["a", "b", "c"])
     assert few.size == (3 * 46 + 230, 3 * 46 + 10) and few.getpixel((225, 5)) == (38, 84, 124) != few.getpixel((275, 5))
-    font = meshes.load_font()
+    font = meshes.load_font(12)
     if "DejaVu" not in font.getname()[0]:
         pytest.skip("there is no font of the system")
     assert font.getmask("л").getbbox() and bytes(font.getmask("л")) != bytes(font.getmask("п"))

@@ -518,7 +518,7 @@ def test_a_format_that_is_entered_in_the_table_is_written(
     def write_names(label_set: label_writers.LabelSet) -> Iterator[label_writers.LabelFile]:
         yield "names/all.txt", (f"{image.path} {len(image.objects)}\n" for image in label_set.images())
 
-    monkeypatch.setitem(label_writers.WRITERS, "names", label_writers.Writer(write_names))
+    monkeypatch.setitem(label_writers.WRITERS, "names", write_names)
     source = scene.write_coco(tmp_path / "coco.json")
     assert call_main(*command(finished_run, scene.folder, tmp_path / "out", source, "--formats", "names")) == 0
     text = (tmp_path / "out" / "names" / "all.txt").read_text(encoding="utf-8")

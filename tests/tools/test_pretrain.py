@@ -121,10 +121,11 @@ def test_the_teacher_is_the_running_mean_with_its_buffers_and_moves_once() -> No
 
 
 def test_biases_norms_positions_and_tokens_do_not_decay() -> None:
-    student = pretrain_utils.Networks(apply_preset(pretrain_utils.PretrainOptions(preset="small")))
-    groups = pretrain_utils.parameter_groups(student, 0.04)
+    options = apply_preset(pretrain_utils.PretrainOptions(preset="small", weight_decay=0.04))
+    state = pretrain_utils.build_state(options, torch.device("cpu"))
+    groups = state.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.04, 0.0]
-    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    names = {id(parameter): name for name, parameter in state.student.named_parameters()}
     plain = {names[id(parameter)] for parameter in groups[1]["params"]}
     assert {"backbone.cls_token", "backbone.pos_embed", "backbone.mask_token", "backbone.norm.weight"} <= plain
     assert {name for name in names.values() if name.endswith("bias")} <= plain

@@ -637,7 +637,9 @@ def test_map_of_few_or_equal_images(count: int) -> None:
 def test_map_takes_every_class_and_split_in_proportion() -> None:
     labels = np.repeat(np.arange(4), (4000, 1500, 1000, 500))
     splits = np.tile(np.array(["train"] * 7 + ["val"] * 2 + ["test"]), 700)
-    table = run_files.Embeddings(np.zeros((7000, 2)), labels, [""] * 7000, ["bbox"] * 7000, splits, [""] * 7000)
+    table = run_files.Embeddings(
+        np.zeros((7000, 2)), labels, np.full(7000, ""), np.zeros(7000, int), splits, np.full(7000, "")
+    )
     chosen = report_page.choose_map_rows(table)
     assert len(np.unique(chosen)) == len(chosen) == report_page.MAP_MAX_POINTS
     share = np.bincount(labels[chosen]) / len(chosen)
