@@ -64,6 +64,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import traceback
 import unicodedata
 import warnings
@@ -510,18 +511,14 @@ def option_fields(options_class: type[Options] = Config) -> list[dataclasses.Fie
     return [field for field in dataclasses.fields(options_class) if field.metadata]
 
 
-def format_flags(options: Options, names: Collection[str]) -> list[str]:
-    """Return command-line arguments for those of the named options that differ from their defaults."""
+def format_flags(options: Options, names: Iterable[str]) -> list[str]:
+    """Return command-line arguments for those of the named options, none a list of entries, that differ from their defaults."""
     argv: list[str] = []
-    for field in option_fields(type(options)):
-        value, kind = getattr(options, field.name), field_kind(field)
-        if value == field.default or field.name not in names:
-            continue
-        if kind is bool:
-            argv.append(f"--{'' if value else 'no-'}{field.name}")
-        else:
-            values = value if isinstance(value, tuple) and kind is not dict else (value,)
-            argv += [f"--{field.name}", *(json.dumps(item) if kind is dict else str(item) for item in values)]
+    for name in names:
+        value = getattr(options, name)
+        if value != getattr(type(options), name):
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            argv += [f"--{name}", *map(str, values)]
     return argv
 
 
@@ -626,7 +623,16 @@ def parse_options(options_class: type[Options], argv: Sequence[str], command: st
     if path := typed.get("config"):
         with contextlib.suppress(OSError):  # reading names the reason
             path = path / "config.json" if path.is_dir() else path
-        from_file, places = convert_options(path, _parse_config_file(path), options_class)
+        where = f"--config {path}"
+        loaders = {".yaml": load_yaml, ".yml": load_yaml, ".toml": tomllib.loads, ".json": load_json}
+        if path.suffix.lower() not in loaders:
+            raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
+        text = read_text(path, where)
+        try:
+            tree = loaders[path.suffix.lower()](text)
+        except (ValueError, RecursionError) as error:  # tomllib raises the latter
+            raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
+        from_file, places = convert_options(path, tree, options_class)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in (from_file | typed).items()}
     origins = places | dict.fromkeys(typed, COMMAND_LINE_ORIGIN)
     options = options_class(command=command, origins=origins, **values)
@@ -835,21 +841,6 @@ def did_you_mean(
     close = [other for other in names.values() if other.rpartition(".")[2] == ending][:3]
     close = close or [names[name] for name in difflib.get_close_matches(word.lstrip("-"), names, n=3, cutoff=0.6)]
     return f"did you mean {' or '.join(close)}?" if close else fallback
-
-
-def _parse_config_file(path: Path) -> Any:
-    """Read and parse a YAML, TOML or JSON file. Raises UserError, also for a repeated key."""
-    import tomllib
-
-    where, suffix = f"--config {path}", path.suffix.lower()
-    loaders = {".yaml": load_yaml, ".yml": load_yaml, ".toml": tomllib.loads, ".json": load_json}
-    if suffix not in loaders:
-        raise UserError("is not named .yaml, .toml or .json", where, "rename it after what it is")
-    text = read_text(path, where)
-    try:
-        return loaders[suffix](text)
-    except (ValueError, RecursionError) as error:  # tomllib raises the latter
-        raise UserError(f"cannot be read: {error}", where, "see configs/ for how one looks") from error
 
 
 def load_yaml(text: str, is_plain: bool = False) -> Any:
@@ -1271,19 +1262,14 @@ class Signals:
             raise Interrupted(self.asked)
 
     def check(self) -> None:
-        """Raise Interrupted if a signal to stop has arrived; for places where a library may have swallowed the exception."""
-        if self.asked is not None:
+        """Raise Interrupted if rank 0 has received a signal to stop; for places where a library may swallow the exception."""
+        if self.asked is not None and get_rank() == 0:
             raise Interrupted(self.asked)
 
 
 def get_rank() -> int:
     """Return the rank of this process under torchrun, 0 without it. Only rank 0 writes."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_torch_zip(path: Path) -> bool:
-    """Whether a file is a zip archive, the format of torch.save since torch 1.6."""
-    return path.suffix != ".safetensors" and zipfile.is_zipfile(path)
 
 
 def check_zip(path: Path) -> None:
@@ -1466,7 +1452,6 @@ class RunDirectory:
         self.path = path
         self.events_path = path / events_name
         self._tracker: subprocess.Popen | None = None
-        create_out_dir(path, flag)
         self._lock = lock_directory(path, flag).lock
         # Leftovers of a run killed while writing; safe to delete, because only the holder of the lock writes.
         for leftover in path.glob(".*.[0-9]*.tmp"):
@@ -1528,8 +1513,16 @@ class RunDirectory:
         """End the tracker, close both logs and release the lock."""
         try:
             if self._tracker is not None:
-                self._end_tracker()
+                self._tracker.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            remedy = f"python {SCRIPT_NAME} track {self.path} --help says how to record all of it again"
+            with contextlib.suppress(UserError):  # the disk is full, which has been reported
+                self.log(f"warning: the tracker had not finished after {CLOSE_SECONDS} s and was ended; {remedy}")
         finally:
+            if self._tracker is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._tracker.pid, signal.SIGKILL)
+                self._tracker.wait()
             self._events.close()
             self._log.close()
             self._lock.release()
@@ -1546,18 +1539,6 @@ class RunDirectory:
             self.log(f"warning: the run is not tracked: {error}")
         else:
             self.log(f"tracked by process {self._tracker.pid}; what it has to say is in {self.path / 'track.log'}")
-
-    def _end_tracker(self) -> None:
-        try:
-            self._tracker.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            remedy = f"python {SCRIPT_NAME} track {self.path} --help says how to record all of it again"
-            with contextlib.suppress(UserError):  # the disk is full, which has been reported
-                self.log(f"warning: the tracker had not finished after {CLOSE_SECONDS} s and was ended; {remedy}")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._tracker.pid, signal.SIGKILL)
-            self._tracker.wait()
 
 
 def create_out_dir(path: Path, flag: str = "--out_dir") -> None:
@@ -1597,30 +1578,33 @@ def read_records(path: Path, form: Any) -> list[dict[str, Any]]:
     return records
 
 
-def move_aside(path: Path) -> Path:
+def move_aside(path: Path, flag: str = "--out_dir") -> Path:
     """Rename the folder of an old run to `<name>.old-<date>`, and return the new path.
 
     Raises UserError if it is in use, or cannot be renamed, as a mount point cannot.
     """
-    refuse_if_in_use(path)
+    refuse_if_in_use(path, flag)
     try:
         return path.rename(name_aside(path, "old"))
     except OSError as error:
-        raise UserError(f"cannot be moved aside: {error.strerror}", str(path), "choose another folder") from error
+        raise UserError(
+            f"cannot be moved aside: {error.strerror}", f"{flag} {path}", "choose another folder"
+        ) from error
 
 
-def refuse_if_in_use(path: Path) -> None:
+def refuse_if_in_use(path: Path, flag: str = "--out_dir") -> None:
     """Raise UserError if another process works in a folder; write nothing, so that this can run early."""
     if (path / ".lock").exists():
-        lock_directory(path, is_probe=True).lock.release()
+        lock_directory(path, flag, is_probe=True).lock.release()
 
 
 def lock_directory(path: Path, flag: str = "--out_dir", is_probe: bool = False) -> filelock.AcquireReturnProxy:
-    """Take the lock of a folder; a with-block, `.lock.release()` or the end of this process releases it.
+    """Create a folder if need be and take its lock; a with-block, `.lock.release()` or the end of this process releases it.
 
     With `is_probe`, the folder need not be writable and no holder is recorded; the caller releases at once. Raises UserError, which
     names the present holder.
     """
+    create_out_dir(path, flag)
     lock = filelock.FileLock(path / ".lock", thread_local=False)  # another thread may release it
     holder_path = path / ".lock_holder"
     where = f"{flag} {path}"
@@ -1739,10 +1723,8 @@ class FileMemory:
 
     def save_early(self) -> None:
         """Save at once, also before the run has opened the folder; do nothing if it is in use or cannot be written."""
-        with contextlib.suppress(UserError):
-            create_out_dir(self.folder)
-            with lock_directory(self.folder):
-                self.save()
+        with contextlib.suppress(UserError), lock_directory(self.folder):
+            self.save()
 
     @contextlib.contextmanager
     def _open_table(self, mode: str) -> Iterator[sqlite3.Connection]:
@@ -1897,17 +1879,11 @@ class Runtime:
     device: torch.device
     num_gpus: int  # used by this process; 0 = CPU
     dtype: torch.dtype  # of the backbone in training; float32 = no autocast
+    # For embedding references, val, test and all later queries: by default float32, as in exported files. References in bf16 have a
+    # mean cosine of .999 (groceries; lowest .986) and .995 (hand tools; lowest .985) with those of an exported file, and one answer
+    # in 90 or in 32 differs.
+    inference_dtype: torch.dtype = torch.float32
     deterministic: bool = False
-    is_automatic: bool = False  # dtype was chosen for the device, not by the user
-
-    @property
-    def inference_dtype(self) -> torch.dtype:
-        """The dtype for embedding references, val, test and all later queries: by default float32, as in exported files.
-
-        References in bf16 have a mean cosine of .999 (groceries; lowest .986) and .995 (hand tools; lowest .985) with those of an
-        exported file, and one answer in 90 or in 32 differs.
-        """
-        return torch.float32 if self.is_automatic else self.dtype
 
     def wrap(self, backbone: Backbone, is_trained: bool = False) -> nn.Module:
         """Return the backbone, wrapped in DataParallel for several GPUs, or in DDP if it is trained on several ranks.
@@ -1971,7 +1947,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def training_runtime(config: Config) -> Runtime:
     """Return the runtime of training, whose automatic precision also depends on the model and the CPU."""
     runtime = make_runtime(config.gpus, config.precision, config.deterministic)
-    if not runtime.is_automatic:
+    if config.precision != "auto":
         return runtime
     if runtime.dtype == torch.float16 and any(family in config.model_id.lower() for family in FP16_OVERFLOWS):
         return dataclasses.replace(runtime, dtype=torch.float32)
@@ -2013,7 +1989,8 @@ def make_runtime(gpus: int | None, precision: str, deterministic: bool = False) 
             raise UserError(f"{os.uname().nodename} has {available} GPUs", where, "start one process a GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    return Runtime(device, num_gpus, dtypes[precision], deterministic, precision == "auto")
+    dtype = dtypes[precision]
+    return Runtime(device, num_gpus, dtype, torch.float32 if precision == "auto" else dtype, deterministic)
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -2022,16 +1999,9 @@ def cpu_multiplies_bf16() -> bool:
     On Intel without AMX, as in some virtual machines, AVX512-BF16 takes 1.6 times as long as fp32 (ViT-S on Emerald Rapids). The
     answer is a property of the machine and not a timing, so that a run can be repeated on it.
     """
-    has_avx512 = torch.cpu._is_avx512_bf16_supported() and read_cpu_vendor() != "GenuineIntel"
-    return has_avx512 or torch.cpu._is_amx_tile_supported()
-
-
-def read_cpu_vendor() -> str:
-    """Return the vendor id of the CPU from /proc/cpuinfo, e.g. GenuineIntel, or ''."""
-    cpuinfo = ""
-    with contextlib.suppress(OSError):
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    return "".join(re.findall(r"^vendor_id\s*:\s*(.*?)\s*$", cpuinfo, re.MULTILINE)[:1])
+    if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
+        return torch.cpu._is_amx_tile_supported()
+    return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
 
 
 def keep_freed_memory() -> None:
@@ -4629,20 +4599,6 @@ class BackboneInfo:
     interpolation: str = "bicubic, antialiased"
 
 
-def check_features(
-    features: torch.Tensor, name_of: Callable[[int], str], backbone: Backbone, info: BackboneInfo
-) -> None:
-    """Raise Diverged if any of the features (B, feature_dim), or their norms, are not finite; `name_of(i)` names image i."""
-    is_finite = features.norm(dim=1).isfinite().cpu()
-    if is_finite.all():
-        return
-    name = printable(name_of(int(is_finite.int().argmin())))
-    made_by = f"by {info.model_id} ({info.weights}) in {name_dtype(backbone.dtype)}"
-    remedy = "give other weights" if backbone.dtype == torch.float32 else "give --precision fp32, or other weights"
-    remedy += "" if backbone.frozen else ", or lower --lr"
-    raise Diverged(f"the features of {name}, {made_by}, are not finite numbers; {remedy}")
-
-
 def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone, BackboneInfo]:
     """Build the timm model with weights from the hub or a file, or with random weights drawn from the seed. Raises UserError."""
     settings, feature_dim = probe_model(config)
@@ -4670,7 +4626,7 @@ def build_backbone(config: Config, log: Callable[[str], None]) -> tuple[Backbone
 def adopt_geometry(config: Config) -> Config:
     """Return the config with model, size and normalisation from an export of tools/pretrain_dino_*.py, unless options give them."""
     path = locate_start(config) or config.backbone_weights
-    if path is None or not is_torch_zip(path):
+    if path is None or path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
         return config
     start = read_start(config)
     metadata = start.metadata
@@ -4886,7 +4842,7 @@ def read_weights(path: Path) -> tuple[Any, Sequence[str]]:
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
             return state, json.loads((file.metadata() or {}).get("lct_dino3", "{}")).get("classes", ())
-    is_zip = is_torch_zip(path)
+    is_zip = zipfile.is_zipfile(path)  # the format of torch.save since torch 1.6
     if is_zip:
         check_zip(path)
     unsafe_globals = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
@@ -5216,20 +5172,28 @@ class Criterion(nn.Module):
 
 
 class ArcFace(Criterion):
-    """Class directions on each head's unit sphere, and an angular margin. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3."""
+    """Class directions on each head's unit sphere, and an angular margin. Deng et al., "ArcFace", arXiv:1801.07698, eq. 3.
 
-    def __init__(self, config: Config, num_vectors: int) -> None:
+    As subcenter_arcface, each class has several directions, of which the nearest counts ("Sub-center ArcFace", ECCV 2020, eq. 2).
+    """
+
+    def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config)
-        self.weight = nn.Parameter(normalize_heads(torch.randn(num_vectors, config.emb_dim), self.num_heads))
+        self.per_class = config.sub_centers if config.criterion == "subcenter_arcface" else 1
+        directions = torch.randn(num_classes * self.per_class, config.emb_dim)
+        self.weight = nn.Parameter(normalize_heads(directions, self.num_heads))
         self.margin = config.arc_margin
 
     def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, H, C) to the class directions of each head."""
         directions = F.normalize(self.weight.unflatten(1, (self.num_heads, -1)), dim=2)
-        return torch.einsum("bhd,chd->bhc", self.split_heads(embeddings), directions).clamp(-1.0, 1.0)
+        cosines = torch.einsum("bhd,chd->bhc", self.split_heads(embeddings), directions).clamp(-1.0, 1.0)
+        return cosines if self.per_class == 1 else cosines.unflatten(2, (-1, self.per_class)).amax(3)
 
     def plain_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the same logits in one product: the cosine of whole embeddings is the mean of the heads' cosines."""
+        if self.per_class > 1:  # each head picks its nearest direction independently
+            return super().plain_logits(embeddings)
         return self.scale * F.linear(embeddings, normalize_heads(self.weight, self.num_heads)).clamp(-1.0, 1.0)
 
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -5254,19 +5218,6 @@ class CosFace(ArcFace):
     def add_margin(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Subtract the margin from the cosines (N, C) of the true classes."""
         return scores.scatter_add(1, labels[:, None], torch.full_like(scores[:, :1], -self.margin))
-
-
-class SubCenterArcFace(ArcFace):
-    """Several directions per class, of which the nearest counts. Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 2."""
-
-    def __init__(self, config: Config, num_classes: int) -> None:
-        super().__init__(config, num_classes * config.sub_centers)
-
-    def score_heads(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, H, C) to the nearest direction of each class."""
-        return super().score_heads(embeddings).unflatten(2, (-1, self.config.sub_centers)).amax(3)
-
-    plain_logits = Criterion.plain_logits  # each head picks its nearest direction independently
 
 
 class LinearClassifier(Criterion):
@@ -5298,7 +5249,7 @@ class FocalClassifier(LinearClassifier):
 CRITERIA: dict[str, type[Criterion]] = {
     "arcface": ArcFace,
     "cosface": CosFace,
-    "subcenter_arcface": SubCenterArcFace,
+    "subcenter_arcface": ArcFace,
     "cross_entropy": LinearClassifier,
     "focal": FocalClassifier,
 }
@@ -5511,18 +5462,12 @@ class WeightAverage:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Use the averaged weights inside the with-block."""
-        live_values = {key: value.clone() for key, value in self._live.items()}
-        copy_tensors(self.values, self._live)
+        live_values = [value.clone() for value in self._live.values()]
+        torch._foreach_copy_(list(self._live.values()), list(self.values.values()))
         try:
             yield
         finally:
-            copy_tensors(live_values, self._live)
-
-
-def copy_tensors(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
-    """Copy tensors of `source` into those of `target` with the same keys, in place."""
-    for key, value in target.items():
-        value.copy_(source[key])
+            torch._foreach_copy_(list(self._live.values()), live_values)
 
 
 # ======================================================================================================================
@@ -5584,7 +5529,15 @@ def compute_metrics(
     scores it is None. A class without images has None for undefined figures and no part in the means; every image counts.
     """
     precision, recall, f1, support = precision_recall_f1(answers, labels, len(class_names))
-    auc = np.full(len(class_names), np.nan) if scores is None else one_vs_rest_auc(scores, labels)
+    auc = np.full(len(class_names), np.nan)
+    defined = np.flatnonzero((support > 0) & (support < len(labels)))
+    # Sorting a float32 column is vectorised: 50,000 images of 1,000 classes, twice an epoch, take 2.4 s, where `roc_auc_score`
+    # takes 22 s and `rankdata` 11 s. All columns at once would double the memory.
+    for block in () if scores is None else np.split(defined, range(64, len(defined), 64)):
+        columns = np.ascontiguousarray(scores[:, block].T, dtype=np.float32)
+        for label, column in zip(block.tolist(), columns, strict=True):
+            is_positive = labels == label
+            auc[label] = roc_area(np.sort(column[is_positive]), column[~is_positive])
     columns = {"precision": precision, "recall": recall, "f1": f1, "auc": auc}
     per_class = {}
     for label, name in enumerate(class_names):
@@ -5606,24 +5559,6 @@ def precision_recall_f1(answers: np.ndarray, labels: np.ndarray, num_classes: in
     images = np.where(support, support, np.nan)
     precision = hits / np.where(num_answers, num_answers, images)  # 0 for a class that has images but is never answered
     return precision, hits / images, 2 * hits / (images + num_answers), support
-
-
-def one_vs_rest_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the area under the ROC curve of each class against the rest, (C,); NaN where one side is empty.
-
-    Sorting a float32 column is vectorised: 50,000 images of 1,000 classes, twice an epoch, take 2.4 s, where `roc_auc_score` takes
-    22 s and `rankdata` 11 s.
-    """
-    num_samples, num_classes = scores.shape
-    num_positives = np.bincount(labels, minlength=num_classes)
-    areas = np.full(num_classes, np.nan)
-    defined = np.flatnonzero((num_positives > 0) & (num_positives < num_samples))
-    for block in np.split(defined, range(64, len(defined), 64)):  # all columns at once would double the memory
-        columns = np.ascontiguousarray(scores[:, block].T, dtype=np.float32)
-        for label, column in zip(block.tolist(), columns, strict=True):
-            is_positive = labels == label
-            areas[label] = roc_area(np.sort(column[is_positive]), column[~is_positive])
-    return areas
 
 
 def roc_area(positives: np.ndarray, negatives: np.ndarray, is_right: np.ndarray | bool = True) -> float:
@@ -5676,13 +5611,12 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
     return {"auroc": roc_area(known, unknown), "fpr95": float((unknown >= threshold).mean())}
 
 
-def reliability(
-    probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray, num_bins: int = 10
-) -> list[dict[str, float]]:
-    """Return the reliability diagram of probabilities (N,): weight, mean probability and accuracy of each of `num_bins` equal bins.
+def reliability(probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray) -> dict[str, Any]:
+    """Return the expected calibration error of probabilities (N,), `ece` (Guo et al., arXiv:1706.04599, eq. 3), over ten bins.
 
-    Unknown objects get UNKNOWN_SHARE of the total weight.
+    `reliability` is the diagram: weight, mean probability and accuracy of each. Unknown objects get UNKNOWN_SHARE of the weight.
     """
+    num_bins = 10
     counts = np.where(is_known, is_known.sum(), (~is_known).sum())
     weights = np.where(is_known, 1 - UNKNOWN_SHARE, UNKNOWN_SHARE) / counts
     weights /= max(1e-12, weights.sum())  # their sum is 1 even with only known or only unknown objects
@@ -5691,12 +5625,10 @@ def reliability(
     mean_probabilities = np.bincount(bins, weights * probability, num_bins) / np.maximum(bin_weights, 1e-12)
     accuracies = np.bincount(bins, weights * is_right, num_bins) / np.maximum(bin_weights, 1e-12)
     rows = np.stack((bin_weights, mean_probabilities, accuracies), axis=1).tolist()
-    return [dict(zip(("share", "probability", "right"), row, strict=True)) for row in rows]
-
-
-def calibration_error(bins: Sequence[dict[str, float]]) -> float:
-    """Return the expected calibration error of `reliability` (Guo et al., arXiv:1706.04599, eq. 3)."""
-    return sum(row["share"] * abs(row["probability"] - row["right"]) for row in bins)
+    return {
+        "ece": sum(weight * abs(probability - right) for weight, probability, right in rows),
+        "reliability": [dict(zip(("share", "probability", "right"), row, strict=True)) for row in rows],
+    }
 
 
 # How far a cosine moves when the same image is embedded in another batch or on another device, by the backbone's dtype. Measured
@@ -5760,33 +5692,26 @@ def wilson_interval(value: float, images: np.ndarray) -> list[float]:
     return [1 - width, 1.0] if value else [0.0, width]
 
 
-def with_intervals(compute: Callable[..., dict[str, float]], *groups: np.ndarray) -> dict[str, dict[str, Any]]:
+def with_intervals(compute: Callable[[np.ndarray], dict[str, float]], images: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return figures as {name: {value, interval}}, with 95 % percentile bootstrap intervals over images.
 
-    A group, int (N,), holds the image of each sample; views of one image are drawn together. `compute` maps one array of positions
-    (n,) of samples for each group to figures; NaN = undefined, None in the result.
+    `images`, int (N,), is the image of each sample; views of one image are drawn together, with replacement. `compute` maps the
+    positions (n,) of samples to figures; NaN = undefined, None in the result.
     """
-    draws = min(BOOTSTRAP_DRAWS, max(100, BOOTSTRAP_SAMPLES // max(1, *map(len, groups))))
-    samples = zip(*(draw_samples(images, draws) for images in groups), strict=True)
-    estimates, *drawn = [compute(*positions) for positions in samples]
+    unique, inverse = np.unique(images, return_inverse=True)
+    positions = np.arange(len(images))
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(min(BOOTSTRAP_DRAWS, max(100, BOOTSTRAP_SAMPLES // max(1, len(images))))):
+        counts = np.bincount(rng.integers(0, len(unique), len(unique)), minlength=len(unique))
+        drawn.append(compute(np.repeat(positions, counts[inverse])))
     figures = {}
-    for name, value in estimates.items():
+    for name, value in compute(positions).items():
         values = np.array([draw[name] for draw in drawn])
         defined = values[~np.isnan(values)]
         interval = np.quantile(defined, (0.025, 0.975)).tolist() if len(defined) else None
         figures[name] = {"value": none_if_nan(value), "interval": interval}
     return figures
-
-
-def draw_samples(images: np.ndarray, draws: int) -> Iterator[np.ndarray]:
-    """Yield the positions (N,) of all samples, then `draws` times the positions (n,) of images (N,) drawn with replacement."""
-    unique, inverse = np.unique(images, return_inverse=True)
-    rng = np.random.default_rng(0)
-    positions = np.arange(len(images))
-    yield positions
-    for _ in range(draws):
-        counts = np.bincount(rng.integers(0, len(unique), len(unique)), minlength=len(unique))
-        yield np.repeat(positions, counts[inverse])
 
 
 def none_if_nan(value: float) -> float | None:
@@ -5954,7 +5879,8 @@ def restore_state(state: TrainState, payload: dict[str, Any]) -> None:
     if payload["scaler"]:  # empty if the run began without loss scaling
         state.scaler.load_state_dict(payload["scaler"])
     if state.average:
-        copy_tensors(payload["average"], state.average.values)
+        averages = state.average.values
+        torch._foreach_copy_(list(averages.values()), [payload["average"][key] for key in averages])
     for key in PLAIN_STATE:
         setattr(state, key, payload[key])
     state.tally = Tally(payload["tally"])
@@ -6293,7 +6219,7 @@ class Gallery:
     stack_views: np.ndarray  # (N,) uint8 into VIEW_NAMES
     thresholds: np.ndarray  # (C,) float32; an answer that scores below is `unknown`
     matcher: str  # centroid, prototypes (the nearest of a class) or knn
-    knn_counts: np.ndarray  # (C,) int64, nearest references that knn averages; see `count_nearest`
+    knn_counts: np.ndarray  # (C,) int64, nearest references that knn averages; see `count_nearest`. Their maximum is k
     temperature: float
     is_pooled: np.ndarray  # (C,) bool, the threshold is the pooled one, as the class has too few val answers
     is_enrolled: np.ndarray  # (C,) bool, the class was added after training
@@ -6346,11 +6272,6 @@ class Gallery:
             return classes, np.take_along_axis(scores, classes, axis=1)
 
         return reduce_scores(self.scores, queries, reduce)
-
-    @property
-    def knn_k(self) -> int:
-        """The k of a class with the usual number of references."""
-        return int(self.knn_counts.max())
 
     @property
     def most_prototypes(self) -> int:
@@ -6681,7 +6602,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
         figures |= with_intervals(f1_macro, test.rows)
         if figures["acc"]["value"] in (0.0, 1.0):  # all draws agree
             figures["f1_macro"]["interval"] = figures["acc"]["interval"]
-        return figures | ({"k": gallery.knn_k} if matcher == "knn" else {})
+        return figures | ({"k": int(gallery.knn_counts.max())} if matcher == "knn" else {})
 
     def above(thresholds: np.ndarray | float) -> dict[str, Any]:
         passed = scores >= thresholds
@@ -6693,7 +6614,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
         unknown_answers, unknown_scores = gallery.answer(unknown.values)
     probability = gallery.probability(np.append(answers, unknown_answers), np.append(scores, unknown_scores))
     is_known = np.arange(len(probability)) < len(scores)
-    bins = reliability(probability, np.append(is_right, np.zeros(len(unknown_scores), bool)), is_known)
+    calibration = reliability(probability, np.append(is_right, np.zeros(len(unknown_scores), bool)), is_known)
     matchers = [name for name in MATCHER_NAMES if name != "prototypes" or gallery.most_prototypes > 1]
     retrieval = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
     images = np.unique(test.rows, return_index=True)[1]  # with --crop_mode mix, an image has two views
@@ -6707,8 +6628,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
         "thresholds": above(gallery.thresholds[answers]),
-        "ece": calibration_error(bins),  # no interval: redrawn images fit the bins worse, which raises it
-        "reliability": bins,
+        **calibration,  # no interval: redrawn images fit the bins worse, which raises it
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
     if unknown is not None:
@@ -6727,11 +6647,6 @@ def answer_without_class(score: Scorer, known: Embedded) -> tuple[np.ndarray, np
         return others.argmax(axis=1), others.max(axis=1)
 
     return reduce_scores(score, known.values, reduce)
-
-
-def highest_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax probability (N,) of the best class from logits (N, C)."""
-    return np.exp(log_softmax(logits)).max(axis=1)
 
 
 def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: Embedded) -> None:
@@ -7072,7 +6987,13 @@ def make_extractor(backbone: Backbone, info: BackboneInfo, runtime: Runtime) -> 
         with torch.inference_mode():
             blocks = images.split(batch or len(images))
             features = torch.cat([network(send(block, runtime.device)) for block in blocks])
-        check_features(features, name_of, backbone, info)
+        is_finite = features.norm(dim=1).isfinite().cpu()
+        if not is_finite.all():
+            name = printable(name_of(int(is_finite.int().argmin())))
+            made_by = f"by {info.model_id} ({info.weights}) in {name_dtype(backbone.dtype)}"
+            remedy = "" if backbone.dtype == torch.float32 else "--precision fp32, or "
+            remedy += "other weights" if backbone.frozen else "other weights, or lower --lr"
+            raise Diverged(f"the features of {name}, {made_by}, are not finite numbers; give {remedy}")
         return features.cpu().numpy()
 
     return extract
@@ -7086,40 +7007,29 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
     hashes = {f"0.{key}": value for key, value in backbone_hashes.items()}
     hashes |= {f"1.{key}": value for key, value in hash_tensors(model.head).items()}
     return {
-        "model_id": info.model_id,
+        **{name: getattr(info, name) for name in ("model_id", "img_size", "mean", "std", "interpolation", "pool")},
+        **{name: getattr(config, name) for name in ("emb_dim", "in_channels", "crop_mode")},
         "weights_hash": fingerprint(hashes),
-        "emb_dim": config.emb_dim,
-        "img_size": info.img_size,
-        "mean": info.mean,
-        "std": info.std,
-        "interpolation": info.interpolation,
         "padding": PADDING_GRAY,
-        "pool": info.pool,
-        "in_channels": config.in_channels,
-        "crop_mode": config.crop_mode,
         "mask_fill": {"kind": config.mask_fill, "colour": make_fill(config, info.mean).colour},
         **({"transforms": transforms} if transforms else {}),
     }
 
 
-def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> dict[str, Records]:
-    """Split the images of a folder by a hash of their paths into `fit` and `measure`. Raises UserError if one half is empty."""
-    halves: dict[str, list[str]] = {"measure": [], "fit": []}
-    for path in list_image_tree(folder).paths:
-        is_odd = hashlib.sha256(os.fsencode(path)).digest()[0] % 2
-        halves["fit" if is_odd else "measure"].append(path)
-    records = {}
-    for name, paths in halves.items():
-        if not paths:
-            problem = f"holds {count_of(sum(map(len, halves.values())), 'image')}, which leaves one half empty"
-            raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
-        zeros = np.zeros(len(paths), np.int32)
-        groups = np.arange(len(paths), dtype=np.int32)
-        table = np.array(paths, dtype=STRINGS)
-        records[name] = Records(
-            folder, ("unknown",), table, zeros, groups, zeros.astype(np.int8), image_bits=image_bits
-        )
-    return records
+def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> Records:
+    """Return the images of a folder, split by a hash of their paths into val, which sets thresholds, and test, which measures.
+
+    Raises UserError if one half is empty.
+    """
+    paths = list_image_tree(folder).paths
+    splits = [2 - hashlib.sha256(os.fsencode(path)).digest()[0] % 2 for path in paths]  # odd: val, even: test
+    if len(set(splits)) < 2:
+        problem = f"holds {count_of(len(paths), 'image')}, which leaves one half empty"
+        raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
+    labels = np.zeros(len(paths), np.int32)
+    groups = np.arange(len(paths), dtype=np.int32)
+    table = np.array(paths, dtype=STRINGS)
+    return Records(folder, ("unknown",), table, labels, groups, np.array(splits, np.int8), image_bits=image_bits)
 
 
 def embed_records(
@@ -7223,7 +7133,7 @@ def enrol(gallery: Gallery, added: Embedded, names: Sequence[str], paths: Sequen
     values, labels = np.concatenate([weighted, added.values]), np.append(np.arange(num_old), added.labels)
     centroids[changed] = class_centroids(values, labels, num_classes)[changed]
     median_count = float(np.median(np.bincount(gallery.stack_labels, minlength=num_old)))
-    counts = count_nearest(np.bincount(stacks.labels, minlength=num_classes), median_count, gallery.knn_k)
+    counts = count_nearest(np.bincount(stacks.labels, minlength=num_classes), median_count, gallery.knn_counts.max())
     knn_counts = np.append(gallery.knn_counts, np.ones(num_new, np.int64))
     thresholds = np.append(gallery.thresholds, np.full(num_new, gallery.thresholds.max(), np.float32))
     trained_odds = gallery.log_odds[np.argmin(gallery.is_enrolled)]
@@ -7395,19 +7305,13 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
         similarity = gallery.centroids @ gallery.centroids[label]
         similarity[label] = -1.0
         other = int(num_taken.argmax()) if num_taken.any() else int(similarity.argmax())
-        reason = ""
+        twins = f"{gallery.class_names[label]} is hard to tell from {gallery.class_names[other]}"
         if num_taken[other]:
-            reason = (
-                f"{num_taken[other]} of its {counts[label]} crops are nearer to a crop of that class than to each other"
-            )
+            taken = f"{num_taken[other]} of its {counts[label]} crops"
+            sentences.append(f"{twins}: {taken} are nearer to a crop of that class than to each other")
         elif similarity[other] >= gallery.thresholds[other]:
-            reason = (
-                f"similarity of their centroids {similarity[other]:.3f}, which is above the threshold of that class"
-            )
-        if reason:
-            sentences.append(
-                f"{gallery.class_names[label]} is hard to tell from {gallery.class_names[other]}: {reason}"
-            )
+            cosine = f"similarity of their centroids {similarity[other]:.3f}"
+            sentences.append(f"{twins}: {cosine}, which is above the threshold of that class")
     few = [name for name in itertools.compress(gallery.class_names, 5 * counts < np.median(counts)) if name in names]
     if gallery.matcher == "knn" and few:
         sentences.append(
@@ -7607,17 +7511,30 @@ def scan_fills_squares(config: Config) -> bool:
 
 
 def open_store(job: Job, squares: SquareFile) -> SquareStore | None:
-    """Open the store of fitted crops: those of the scan, and all that `list_reused_crops` names, which are decoded here.
+    """Open the store of fitted crops: those of the scan, and those that the run fits to the same square again, decoded here.
 
     There are as many as have room. Returns None if there is no square, or if writing them fails.
     """
     config, records, run = job.config, job.records, job.run
     if not config.cache_crops:
         return None
+    train = records.rows("train")
+    uses = []  # (augmented, rows) of what is read in several epochs or views
+    always_on_background = job.backgrounds is not None and job.backgrounds.probability == 1  # a new one each time
+    if (config.cache_views or config.epochs) > 1 and not always_on_background:
+        uses.append((True, train))
+    if config.trains_backbone and config.epochs > 1:  # each epoch embeds them anew
+        references = first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS)
+        uses += [(False, records.rows("val")), (False, references)]
+    crops: dict[tuple[int, int], None] = {}  # (row, view into VIEW_NAMES), an ordered set
+    for augment, rows in uses:
+        is_cacheable = [job.transform(augment).is_cacheable(is_masked) for is_masked in (False, True)]
+        keys = eval_keys(records, rows, config.crop_mode)  # for mix both views, either of which training may draw
+        crops |= dict.fromkeys((key.row, key.view) for key in keys if is_cacheable[key.view])
     transform = job.transform(augment=False)
     places = np.full((len(VIEW_NAMES), len(records.paths)), -1, np.int64)
     places[0] = [squares.places.get(path, -1) for path in records.paths]
-    missing = [(row, view) for row, view in list_reused_crops(job) if places[view, row] < 0]
+    missing = [(row, view) for row, view in crops if places[view, row] < 0]
     ends = squares.end + np.cumsum([(3, 4)[view] * config.img_size**2 for _, view in missing])
     pending = missing[: np.searchsorted(ends, squares.room, side="right")]
 
@@ -7640,25 +7557,6 @@ def open_store(job: Job, squares: SquareFile) -> SquareStore | None:
         )
         return SquareStore(squares.file, records, places, config.img_size)
     return None
-
-
-def list_reused_crops(job: Job) -> list[tuple[int, int]]:
-    """Return the crops that the run fits to the same square in several epochs or views: (row, view into VIEW_NAMES)."""
-    config, records = job.config, job.records
-    train = records.rows("train")
-    uses = []  # (augmented, rows)
-    always_on_background = job.backgrounds is not None and job.backgrounds.probability == 1  # a new one each time
-    if (config.cache_views or config.epochs) > 1 and not always_on_background:
-        uses.append((True, train))
-    if config.trains_backbone and config.epochs > 1:  # each epoch embeds them anew
-        references = first_of_each_class(train, records.labels, EPOCH_REFS_PER_CLASS)
-        uses += [(False, records.rows("val")), (False, references)]
-    crops: dict[tuple[int, int], None] = {}  # an ordered set
-    for augment, rows in uses:
-        is_cacheable = [job.transform(augment).is_cacheable(is_masked) for is_masked in (False, True)]
-        keys = eval_keys(records, rows, config.crop_mode)  # for mix both views, either of which training may draw
-        crops |= dict.fromkeys((key.row, key.view) for key in keys if is_cacheable[key.view])
-    return list(crops)
 
 
 def square_room(config: Config) -> int:
@@ -8130,31 +8028,6 @@ def save_epoch(job: Job, state: TrainState, val: dict[str, float | None]) -> Non
     save_checkpoint(folder / LAST_NAME, state, job.identity)
 
 
-def restore_best_checkpoint(job: Job, state: TrainState) -> dict[str, Any]:
-    """Make checkpoint_best.pth hold the best epoch in `state`, which may have been resumed from an older checkpoint.
-
-    Returns `state.best`, or {} if the weights of that epoch are gone. Raises UserError if they are and no epoch is left to train.
-    """
-    path = job.run.path / BEST_NAME
-    if not state.best:  # the first epoch will write the file
-        return {}
-    for candidate in sorted(list_checkpoints(job.run.path), key=lambda candidate: candidate != path):
-        try:
-            payload = load_checkpoint(candidate)
-        except UserError as error:
-            rename_damaged(candidate, error.what, job.run.log)
-            continue
-        if payload["best"] == state.best and progress_of(payload) == (state.best["epoch"], 0):
-            if candidate != path:
-                copy_checkpoint(candidate, path)
-            return state.best
-    problem = f"the weights of the best epoch so far, {state.best['epoch']}, are gone"
-    if state.epoch >= job.config.epochs:
-        raise UserError(problem, str(path), "give more --epochs, or resume from an older checkpoint")
-    job.run.log(f"warning: {problem}; the best is chosen among the epochs to come")
-    return {}
-
-
 def measure_baseline(
     job: Job, features: dict[str, Embedded], cached: Embedded | None = None
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -8284,7 +8157,7 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         slope, intercept = fit_log_odds(head.scores[is_val], head.is_right[is_val], np.concatenate(other_strangers))
         probability = scipy.special.expit(slope * head.scores + intercept)
         columns_of_heads.append([column[is_test] for column in (probability, head.is_right, ~head.is_unseen)])
-    bins = reliability(*map(np.concatenate, zip(*columns_of_heads, strict=True)))
+    calibration = reliability(*map(np.concatenate, zip(*columns_of_heads, strict=True)))
     enrolment = [measure_enrolment(heads, is_test, count, job.config.target_precision) for count in ENROLMENT_CROPS]
     evidence = [answers_of_enrolled(heads, is_test, count) for count in ENROLMENT_CROPS]
     return {
@@ -8296,8 +8169,7 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
             np.concatenate([queries.rows[head.is_unseen & is_test] for head in heads]),
             unknown_passed=np.concatenate([head.is_accepted[head.is_unseen & is_test] for head in heads]).astype(float),
         ),
-        "ece": calibration_error(bins),
-        "reliability": bins,
+        **calibration,
         "enrolment": enrolment,
     }, {
         "strangers": np.quantile(np.concatenate(strangers), np.linspace(0, 1, UNKNOWN_QUANTILES)).tolist(),
@@ -8610,7 +8482,6 @@ def run_scan(config: Config) -> None:
     scan = scan_dataset(config)
     with keep_memory(scan.memory):
         scan = attach_masks(scan, config)
-    create_out_dir(config.out_dir)
     with lock_directory(config.out_dir):
         scan.memory.save()
         write_json(config.out_dir / "data_report.json", scan.report)
@@ -8625,8 +8496,6 @@ def run_evaluate(config: EvaluateOptions) -> None:
 
     Images of another folder whose class is not in the gallery count as unknown objects, like those of --unknown_dir.
     """
-    check_given(config)
-    keep_freed_memory()
     read_run_config(config.run)  # refuses a folder that holds no run before a lock file is written into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
         run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
@@ -8634,8 +8503,8 @@ def run_evaluate(config: EvaluateOptions) -> None:
         embedded = embed_records(run, records, rows, config, run.embed)
         unknown = None
         if config.unknown_dir is not None:
-            unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)["measure"]
-            unknown = embed_records(run, unknown_half, np.arange(len(unknown_half.paths)), config, run.embed)
+            unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)
+            unknown = embed_records(run, unknown_half, unknown_half.rows("test"), config, run.embed)
         if get_rank():
             return
         label_of = {name: label for label, name in enumerate(run.gallery.class_names)}
@@ -8649,7 +8518,11 @@ def run_evaluate(config: EvaluateOptions) -> None:
         split = config.split if config.is_of_run else None
         measured = {"data": source, "split": split, "images": len(np.unique(known.rows)), **figures}
         write_json(run.path / "evaluation.json", measured)
-        if num_seen := count_references(embedded, records, run):
+        references = {(run.config.data_root / path).resolve() for path in run.gallery.stack_paths}
+        is_file = [(records.root / records.paths[row]).resolve() in references for row in embedded.rows.tolist()]
+        # In another precision than the gallery's, copies are not told from images that only look alike, and not counted.
+        _, nearest = best_answers(lambda block: block @ run.gallery.stacks.T, embedded.values)
+        if num_seen := len(np.unique(embedded.rows[is_file | (nearest > 1 - 1e-6)])):
             images = f"{num_seen:,} of {count_of(len(np.unique(embedded.rows)), 'image')}"
             show(f"warning: {images} are references of the gallery: the figures are better than those of new images")
         show(f"the run matches by: {MATCHER_NAMES[run.gallery.matcher]}")
@@ -8693,19 +8566,6 @@ def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, n
     return records, np.arange(len(records.paths))
 
 
-def count_references(embedded: Embedded, records: Records, run: TrainedRun) -> int:
-    """Return how many images are references of the gallery: its files, and copies, if their cosine to one is 1.
-
-    In another precision than the gallery's, copies are not told from images that only look alike, and not counted.
-    """
-    references = {(run.config.data_root / path).resolve() for path in run.gallery.stack_paths}
-    is_file = [(records.root / records.paths[row]).resolve() in references for row in embedded.rows.tolist()]
-    (nearest,) = reduce_scores(
-        lambda block: block @ run.gallery.stacks.T, embedded.values, lambda cosine, _: (cosine.max(axis=1),)
-    )
-    return len(np.unique(embedded.rows[is_file | (nearest > 1 - 1e-6)]))
-
-
 def format_measures(figures: dict[str, Any]) -> str:
     """Format the figures of `measure_gallery`, one a line."""
     lines = []
@@ -8733,9 +8593,7 @@ def format_measures(figures: dict[str, Any]) -> str:
 
 def run_prototypes(config: PrototypesOptions) -> None:
     """Rebuild a run's gallery, print it, enrol classes from a few crops, or remove a class; keep the old file beside the new."""
-    check_given(config)
     action = choose_action(config)
-    keep_freed_memory()
     path = config.run / "prototypes.npz"
     removed = config.remove and unicodedata.normalize("NFC", config.remove)
     if get_rank() and action in ("--list", "--remove"):
@@ -8798,8 +8656,8 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
         split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
     }
     if options.unknown_dir is not None:
-        strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)["fit"]
-        features["unknown"] = embed_records(run, strangers, np.arange(len(strangers.paths)), config, run.extract)
+        strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)
+        features["unknown"] = embed_records(run, strangers, strangers.rows("val"), config, run.extract)
     meta = describe_gallery(options, run.info, records.class_names, run.model)
     if get_rank():
         return None, meta
@@ -8866,8 +8724,6 @@ def add_classes(run: TrainedRun, config: PrototypesOptions) -> tuple[Gallery | N
 
 def run_train(config: Config) -> None:
     """Scan, split, train, export prototypes, test and report; or continue where an interrupted run stopped."""
-    keep_freed_memory()
-    check_given(config)  # names what cannot be opened, before `adopt_geometry` does
     config = adopt_geometry(config)
     runtime = training_runtime(config)
     with contextlib.ExitStack() as stack:
@@ -9165,18 +9021,36 @@ def start_training(job: Job, backbone: Backbone, point: ResumePoint | None) -> t
 
 
 def place_checkpoints(job: Job, state: TrainState, point: ResumePoint) -> dict[str, Any]:
-    """Put the resumed checkpoint and the best one in their places in the run directory; return the record of the best epoch.
+    """Put the resumed checkpoint and that of the best epoch in `state` in their places; return the record of the best epoch.
 
-    Checkpoints ahead of the resumed one are of epochs that are given up, and no start may go on from them.
+    Checkpoints ahead of the resumed one are of epochs that are given up, and no start may go on from them. The record is {} if the
+    weights of the best epoch are gone. Raises UserError if they are and no epoch is left to train.
     """
     run = job.run
+    best_path = run.path / BEST_NAME
     for path, reason in point.damaged.items():
         rename_damaged(path, reason, run.log)
     if point.path.name != LAST_NAME:
         # checkpoint_last.pth at the end: a restart would take it
         set_aside_later(reversed(list_checkpoints(run.path)), point, run.log)
         copy_checkpoint(point.path, run.path / LAST_NAME)
-    return restore_best_checkpoint(job, state)
+    if not state.best:  # the first epoch will write the file
+        return {}
+    for candidate in sorted(list_checkpoints(run.path), key=lambda candidate: candidate != best_path):
+        try:
+            payload = load_checkpoint(candidate)
+        except UserError as error:
+            rename_damaged(candidate, error.what, run.log)
+            continue
+        if payload["best"] == state.best and progress_of(payload) == (state.best["epoch"], 0):
+            if candidate != best_path:
+                copy_checkpoint(candidate, best_path)
+            return state.best
+    problem = f"the weights of the best epoch so far, {state.best['epoch']}, are gone"
+    if state.epoch >= job.config.epochs:
+        raise UserError(problem, str(best_path), "give more --epochs, or resume from an older checkpoint")
+    run.log(f"warning: {problem}; the best is chosen among the epochs to come")
+    return {}
 
 
 def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
@@ -9188,12 +9062,12 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     weights = from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     model.load_state_dict(weights, strict=False)
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
-    unknown: dict[str, Embedded] = {}  # features of --unknown_dir: one half to fit thresholds, one to measure
+    unknown: dict[str, Embedded] = {}  # features of --unknown_dir, by split
     if job.config.unknown_dir is not None:
-        for half, half_records in from_first(unknown_records, job.config.unknown_dir, job.config.image_bits).items():
-            keys = eval_keys(half_records, np.arange(len(half_records.paths)), "bbox")
-            half_bank = FeatureBank(dataclasses.replace(job, records=half_records), model.backbone)
-            unknown[half] = half_bank.extract(keys, "unknown")
+        strangers = from_first(unknown_records, job.config.unknown_dir, job.config.image_bits)
+        unknown_bank = FeatureBank(dataclasses.replace(job, records=strangers), model.backbone)
+        for split in ("val", "test"):
+            unknown[split] = unknown_bank.extract(eval_keys(strangers, strangers.rows(split), "bbox"), "unknown")
     other_views = None  # features of the masked test crops in the view that --crop_mode does not use
     test_rows = records.rows("test")
     masked_rows = test_rows[records.has_mask[test_rows]].tolist()
@@ -9202,7 +9076,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         other_views = bank.extract([SampleKey(row, (), view) for row in masked_rows], f"test as {VIEW_NAMES[view]}")
     if get_rank():
         return
-    to_fit = features | ({"unknown": unknown["fit"]} if unknown else {})
+    to_fit = features | ({"unknown": unknown["val"]} if unknown else {})
     gallery, embedded = export_gallery(model, records, to_fit, job.config, state.unseen)
     meta = describe_gallery(job.config, job.info, records.class_names, model)
     # Classes may have been enrolled since an earlier completion.
@@ -9213,7 +9087,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     if bare := list(itertools.compress(records.class_names, counts == 0)):
         run.log(f"warning: without a readable training image, and never recognised: {', '.join(bare)}")
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
-    matched = {"matcher": gallery.matcher, "knn_k": gallery.knn_k, "temperature": gallery.temperature}
+    matched = {"matcher": gallery.matcher, "knn_k": int(gallery.knn_counts.max()), "temperature": gallery.temperature}
     run.event("proto_end", **sizes, **matched, feature_weight=gallery.fusion.weight)
     write_embeddings(run.path / "embeddings.npz", records, embedded)
     result = "no test split: accuracy is not measured on images that nothing was chosen by"
@@ -9230,7 +9104,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
         sessions = {"acc": none_if_nan(mean_of_defined(accuracies)), "images": len(accuracies), "pairs": pairs}
         run.event("test_end", **scored, **judgement, without_same_session=sessions)
-        figures = measure_run(job, model, gallery, features, unknown.get("measure"))
+        figures = measure_run(job, model, gallery, features, unknown.get("test"))
         compare_views(job, model, gallery, test, other_views)
         closed = figures["closed"][gallery.matcher]
         unseen = next((event for event in read_events(run.path) if event["event"] == "unseen_classes"), {})
@@ -9263,7 +9137,7 @@ def measure_run(
     backbone = "fine-tuned" if job.config.trains_backbone else "frozen"
     methods: dict[str, tuple[str, Callable, Callable]] = {
         f"{backbone} backbone, nearest centroid": ("features", simple["centroid"], best_score),
-        "classifier, highest softmax": ("embeddings", logits, highest_softmax),
+        "classifier, highest softmax": ("embeddings", logits, lambda scores: np.exp(log_softmax(scores)).max(axis=1)),
         "trained, nearest reference": ("embeddings", nearest_reference.score, best_score),
     }
     if "logreg" in simple:
@@ -9376,6 +9250,8 @@ def run_recipe(parse: Callable[[], Options], recipe: Callable[[Any], None], is_s
         SIGNALS.catch(is_first=get_rank() == 0)
         options = parse()
         if is_shared or get_rank() == 0:
+            check_given(options)
+            keep_freed_memory()
             recipe(options)
         if store is not None:
             dist.destroy_process_group()

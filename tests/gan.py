@@ -33,7 +33,6 @@ class GanOptions(lct.Options):
 
 def train(options: GanOptions) -> None:
     """Train from the last checkpoint on, if there is one."""
-    lct.check_given(options)
     runtime = lct.make_runtime(options.gpus, "fp32")
     point = lct.find_resume_point(options.out_dir, options.resume, options.overwrite, FORM)
     lct.seed_torch(options.seed, 0)

@@ -165,7 +165,7 @@ def test_heads_learn_by_themselves_and_answer_together(name: str) -> None:
     assert logits.shape == (10, 3, 5)
     answers = []
     for head in range(3):
-        alone, columns = lct.CRITERIA[name](lct.Config(emb_dim=16), 5), slice(16 * head, 16 * head + 16)
+        alone, columns = lct.CRITERIA[name](lct.Config(criterion=name, emb_dim=16), 5), slice(16 * head, 16 * head + 16)
         alone.weight.data = together.weight.detach()[:, columns].clone()
         expected, plain_alone = alone(F.normalize(raw[:, columns]), labels)
         torch.testing.assert_close(logits[:, head], expected[:, 0])

@@ -397,6 +397,8 @@ def test_a_fine_tuned_run_goes_on_with_another_number_of_processes(
     stop = {"plans": [kill("train_step", 7, TERM)]}
     assert start_fine_tuned(nursery, data, tmp_path / "one", [{}]) == 0
     assert start_fine_tuned(nursery, data, tmp_path / "a", [{}, stop, {}]) == 143
+    saved = torch.load(tmp_path / "a" / "checkpoint_interrupt.pth", weights_only=True)
+    assert saved["step"] == 7, "the first process saves all steps, whichever has received the signal"
     assert start_fine_tuned(nursery, data, tmp_path / "a", [{}]) == 0
     assert start_fine_tuned(nursery, data, tmp_path / "b", [stop]) == 143
     assert start_fine_tuned(nursery, data, tmp_path / "b", [{}, {}]) == 0

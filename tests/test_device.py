@@ -296,7 +296,7 @@ def test_what_answers_is_embedded_in_float32_however_the_backbone_is_trained(
     flags: str,
 ) -> None:
     """With --precision auto: references, val and test are those of an exported file."""
-    automatic = lct.Runtime(CPU, 0, torch.bfloat16, is_automatic=True)
+    automatic = lct.Runtime(CPU, 0, torch.bfloat16)
     monkeypatch.setattr(lct, "training_runtime", lambda config: automatic)
     words = "--model_id test_resnet --no-pretrained --img_size 32 --emb_dim 16 --epochs 1 --workers 0 --gpus 0"
     with ConvolutionFinder() as finder:

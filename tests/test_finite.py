@@ -207,6 +207,6 @@ def test_fp16_is_not_chosen_for_models_that_overflow_in_it(
 
 
 def test_a_finished_run_answers_in_fp32_unless_another_type_is_asked_for(run_of_them: Path) -> None:
-    for is_automatic, dtype in ((True, torch.float32), (False, torch.float16)):
-        runtime = lct.Runtime(torch.device("cpu"), 0, torch.float16, is_automatic=is_automatic)
+    for dtype in (torch.float32, torch.float16):
+        runtime = lct.Runtime(torch.device("cpu"), 0, torch.float16, dtype)
         assert lct.load_run(run_of_them, runtime).model.backbone.dtype == dtype

@@ -391,21 +391,21 @@ def test_unknown_images_are_looked_for_where_every_other_image_is(tmp_path: Path
     shutil.copytree(strangers / "any", strangers / "any" / ".thumbs")
     shutil.copy(strangers / "A.PNG", strangers / "any" / "._1.png")
     (strangers / "notes.txt").touch()
-    halves = lct.unknown_records(strangers)
-    assert sorted(path for records in halves.values() for path in records.paths) == expected
+    assert sorted(lct.unknown_records(strangers).paths) == expected
 
 
 def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_other(
     trained: tuple[Path, Path], tmp_path: Path, call_main: Main
 ) -> None:
     strangers = new_class(tmp_path / "strangers", "any", 9, 40)
-    before = {name: list(records.paths) for name, records in lct.unknown_records(strangers).items()}
+    before = lct.unknown_records(strangers)
     new_class(strangers / ".thumbs", "any", 9, 5)
     (strangers / ".hidden.png").write_bytes(b"")
     halves = lct.unknown_records(strangers)
-    assert {name: list(records.paths) for name, records in halves.items()} == before, "what is hidden is passed over"
-    paths = {name: {records.paths[i] for i in range(len(records.paths))} for name, records in halves.items()}
-    assert len(paths["fit"] | paths["measure"]) == 40 and not paths["fit"] & paths["measure"]
+    assert list(halves.paths) == list(before.paths), "what is hidden is passed over"
+    assert halves.splits.tolist() == before.splits.tolist()
+    num_measured = len(halves.rows("test"))
+    assert num_measured + len(halves.rows("val")) == len(halves.paths) == 40
     # Strangers may change the weight of features, and the matcher: thresholds are of another scale then.
     args = ("--data_root", trained[0], *TINY_RUN, "--no-match_features", "--matcher", "centroid")
     assert call_main(*args, "--out_dir", tmp_path / "plain") == 0
@@ -414,6 +414,6 @@ def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_ot
     assert np.array_equal(strict.stacks, plain.stacks)
     assert (strict.thresholds >= plain.thresholds).all() and (strict.thresholds > plain.thresholds).any()
     measured = next(event for event in lct.read_events(tmp_path / "run") if event["event"] == "measured")
-    assert measured["open_set"]["unknowns"] == len(paths["measure"]) and 0 <= measured["unknown_passed"]["value"] <= 1
+    assert measured["open_set"]["unknowns"] == num_measured and 0 <= measured["unknown_passed"]["value"] <= 1
     others = measured["open_set"]["others"]
-    assert len(others) == 4 and all(own["unknowns"] == len(paths["measure"]) for own in others.values())
+    assert len(others) == 4 and all(own["unknowns"] == num_measured for own in others.values())

@@ -59,12 +59,14 @@ def test_roc_auc_equals_scikit_learn_with_and_without_ties(kind: str) -> None:
         values = np.where(values > 0.5, values, np.where(rng.random(500) < 0.5, np.float32(0), np.float32(-0.0)))
         expected = metrics.roc_auc_score(labels, values)
     scores = np.stack([-values, values], axis=1)
-    assert lct.one_vs_rest_auc(scores, labels) == pytest.approx([expected, expected], abs=1e-9)
+    _, per_class = lct.compute_metrics(labels, labels, ("a", "b"), scores)
+    assert [per_class[name]["auc"] for name in "ab"] == pytest.approx([expected, expected], abs=1e-9)
 
 
 def test_roc_auc_of_scores_that_are_not_numbers_counts_them_as_equal() -> None:
     labels = np.array([0, 1, 0, 1])
-    assert lct.one_vs_rest_auc(np.full((4, 2), np.nan, np.float32), labels).tolist() == [0.5, 0.5]
+    _, per_class = lct.compute_metrics(labels, labels, ("a", "b"), np.full((4, 2), np.nan, np.float32))
+    assert [per_class[name]["auc"] for name in "ab"] == [0.5, 0.5]
 
 
 def test_an_absent_class_is_none_and_leaves_the_means_alone() -> None:
@@ -192,16 +194,17 @@ def test_calibration_error_is_that_of_the_definition() -> None:
     """Of known objects, and of strangers that count as a fifth of all."""
     known, strangers = np.array([0.95, 0.91, 1.0, 0.05]), np.array([0.55, 0.93])
     probability, is_right = np.concatenate([known, strangers]), np.array([True, False, True, False, False, False])
-    bins = lct.reliability(probability, is_right, np.arange(6) < 4)
+    figures = lct.reliability(probability, is_right, np.arange(6) < 4)
+    bins = figures["reliability"]
     assert [row["share"] for row in bins] == pytest.approx([0.2, 0, 0, 0, 0, 0.1, 0, 0, 0, 0.7])
     high = bins[-1]
     assert high["probability"] == pytest.approx((0.2 * (0.95 + 0.91 + 1.0) + 0.1 * 0.93) / 0.7)
     assert high["right"] == pytest.approx(0.4 / 0.7)
     expected = 0.2 * 0.05 + 0.1 * 0.55 + abs(0.2 * (0.95 + 0.91 + 1.0) + 0.1 * 0.93 - 0.4)
-    assert lct.calibration_error(bins) == pytest.approx(expected)
-    only_known = lct.reliability(known, is_right[:4], np.ones(4, bool))
+    assert figures["ece"] == pytest.approx(expected)
+    only_known = lct.reliability(known, is_right[:4], np.ones(4, bool))["reliability"]
     assert [only_known[0]["share"], only_known[-1]["share"]] == pytest.approx([0.25, 0.75])
-    assert lct.calibration_error(lct.reliability(np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))) == 0.0
+    assert lct.reliability(np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))["ece"] == 0.0
 
 
 def proportion_interval(num_right: int, count: int) -> tuple[float, float]:
@@ -305,19 +308,6 @@ def test_a_figure_that_is_undefined_has_neither_value_nor_interval() -> None:
     nothing = lct.with_intervals(lambda drawn: {"mean": lct.mean_of_defined(np.full(5, np.nan)[drawn])}, np.arange(5))
     assert nothing == {"mean": {"value": None, "interval": None}}
     assert lct.mean_of_defined(np.array([1.0, np.nan, 4.0])) == 2.5
-
-
-def test_groups_of_samples_are_drawn_apart() -> None:
-    """Known and unknown objects: each draw has as many of either as there are."""
-    sizes = set()
-
-    def compute(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-        sizes.add((len(first), len(second)))
-        assert first.max() < 7 and second.max() < 3
-        return {"sum": float(first.sum() + second.sum())}
-
-    figure = lct.with_intervals(compute, np.arange(7), np.arange(3))["sum"]
-    assert sizes == {(7, 3)} and figure["value"] == 24 and figure["interval"][0] < 24 < figure["interval"][1]
 
 
 def test_the_loss_of_sure_answers_is_not_negative() -> None:

@@ -76,7 +76,6 @@ def check_options(options: CropOptions) -> None:
     Raises:
         UserError: a file or folder is missing, of the wrong kind, or holds something else.
     """
-    lct.check_given(options)
     if not options.labels.exists():
         raise lct.UserError("does not exist", options.describe("labels"), "check the path")
     where = options.describe("out")
@@ -495,7 +494,6 @@ def crop_photos(options: CropOptions) -> None:
             if images:  # of a person
                 problem = f"holds images of its own ({images[0]}), which a folder cropped in it would hide"
                 raise lct.UserError(problem, str(path), "move them into a folder cropped there")
-    lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         records = Records(options.out)
         records.check_photos(options.images, labelled.paths, labelled.stamps)

@@ -108,7 +108,6 @@ def load_dataset(source: str | Path, download_path: str | Path = "datasets") -> 
     if not (folder / MARKER_NAME).is_file():
         if folder.exists():
             raise lct.UserError("was not made here", str(folder), f"give --dataset {folder}, or move it away")
-        lct.create_out_dir(folder.parent, "--download_path")
         with lct.lock_directory(folder.parent, "--download_path"):
             fill_folder(folder, link)
     if not link.classes:

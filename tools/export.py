@@ -93,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export_run(options: ExportOptions) -> None:
     """Load a finished run and write it in the chosen format."""
-    lct.check_given(options)
     path = check_output_path(options)
     run = lct.load_run(options.run, lct.make_runtime(0, "fp32"), options.backbone_weights)
     lct.merge_lora(run.model.backbone.model)

@@ -67,7 +67,8 @@ class MaskOptions(lct.Options):
     """Draw the masks that are missing with SAM-2, and show crops and masks on one sheet."""
 
     # fmt: off
-    config: Path | None = lct.same_option("config")
+    config: Path | None = lct.option(None, "YAML, TOML or JSON with options; what is typed wins", "data", metavar="FILE",
+        once=True)
     data_root: Path | None = lct.option(None, "folder with one folder of crops a class", "data", metavar="DIR",
         needed=True, folder=lct.DATA_TREE)
     out_dir: Path | None = lct.option(None, "where masks.jsonl, masks_preview.png and data_report.json go", "data", metavar="DIR",
@@ -101,7 +102,6 @@ class MaskOptions(lct.Options):
 
 def draw_masks(options: MaskOptions) -> None:
     """Draw a mask for every crop without one, show crops and masks in masks_preview.png, and write data_report.json."""
-    lct.check_given(options)
     lct.check_out_dir(options)
     out_dir = options.out_dir
     if options.gpus == 0:
@@ -117,7 +117,6 @@ def draw_masks(options: MaskOptions) -> None:
     requests = request_masks(scan, options) if options.draw else []
     if requests and not is_sam2_checked:  # without a checkpoint it is needed only if there is something to draw
         check_sam2(options)
-    lct.create_out_dir(out_dir)
     with lct.lock_directory(out_dir):
         scan.memory.save()
         if requests:

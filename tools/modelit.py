@@ -182,7 +182,6 @@ def check_options(options: ModelitOptions) -> None:
 
     Raises UserError if the layers cannot halve the grid, options contradict each other, or a file is missing.
     """
-    lct.check_given(options)
     if options.prompt is not None and options.prompts is not None:
         raise lct.UserError("contradict each other", "--prompt, --prompts", "give one of them")
     if options.resume and options.overwrite:
@@ -639,7 +638,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_mode(options: ModelitOptions) -> None:
     """Run the mode of --mode."""
     check_options(options)
-    lct.keep_freed_memory()
     {"train": train, "generate": generate, "analyze": analyze}[options.mode](options)
 
 

@@ -87,7 +87,6 @@ def check_options(options: PrelabelOptions) -> None:
         if name not in label_writers.WRITERS:
             problem = f"{name or 'an empty name'} is no format of labels"
             raise lct.UserError(problem, options.describe("formats"), f"give some of {','.join(label_writers.WRITERS)}")
-    lct.check_given(options)
     if options.detections is not None and not options.detections.exists():
         raise lct.UserError("does not exist", options.describe("detections"), "check the path")
     out = options.out.resolve()
@@ -314,7 +313,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def label_photos(options: PrelabelOptions) -> None:
     """Give every detected object a class or `unknown`, and write labels for annotation tools; continues an interrupted job."""
     check_options(options)
-    lct.keep_freed_memory()
     runtime = lct.make_runtime(options.gpus, options.precision)
     detections = lct.from_first(read_detections, options)
     run = lct.load_run(options.run, runtime, options.backbone_weights)
@@ -325,12 +323,11 @@ def label_photos(options: PrelabelOptions) -> None:
         deque(answer_batches(run, detections, groups, options), maxlen=0)
         return
     if options.overwrite and options.out.exists():
-        old = lct.move_aside(options.out)
+        old = lct.move_aside(options.out, "--out")
         lct.show(f"the old labels are moved to {old}")
         lct.create_out_dir(options.out, "--out")
         with contextlib.suppress(FileNotFoundError):  # the answers stay valid: only the labels are written anew
             shutil.move(old / ANSWERS_NAME, options.out / ANSWERS_NAME)  # --out may have been a link to another disk
-    lct.create_out_dir(options.out, "--out")
     with lct.lock_directory(options.out, "--out"):
         for pattern in ("", "*/", "coco/annotations/"):  # leftovers of a job killed while writing
             for leftover in options.out.glob(f"{pattern}.*.[0-9]*.tmp"):

@@ -553,7 +553,6 @@ def pretrain(options: PretrainOptions) -> None:
     """Pre-train with the options of the command line: the recipe of both programs."""
     options = apply_preset(options)
     check_options(options)
-    lct.keep_freed_memory()
     cv2.setNumThreads(1)  # small views gain nothing from threads, and workers are processes
     gpus = {"auto": None, "cpu": 0, "cuda": 1}[options.device]
     runtime = lct.make_runtime(gpus, "bf16" if options.amp else "fp32")
@@ -585,7 +584,7 @@ def pretrain(options: PretrainOptions) -> None:
         lct.show("\n".join([summary, *settings, f"written: {path}; nothing is trained (--dry-run)"]))
         return
     if options.overwrite and options.output_dir.exists():
-        lct.show(f"the old run is now {lct.move_aside(options.output_dir)}")
+        lct.show(f"the old run is now {lct.move_aside(options.output_dir, '--output-dir')}")
     with lct.RunDirectory(options.output_dir, "--output-dir", options.checkpoint_history_file) as run:
         job = Job(options, data, runtime, schedule, batches, identity, run, views)
         run.log(summary)

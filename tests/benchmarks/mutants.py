@@ -134,8 +134,8 @@ FAULTS = {
     ),
     # Intervals and errors
     "two views are two images": Fault(
-        "draw_samples(images, draws) for images in groups",
-        "draw_samples(np.arange(len(images)), draws) for images in groups",
+        "unique, inverse = np.unique(images, return_inverse=True)\n    positions",
+        "unique, inverse = np.unique(np.arange(len(images)), return_inverse=True)\n    positions",
         "test_figures.py -k two_views",
     ),
     "an interval of 90 %": Fault("(0.025, 0.975)", "(0.05, 0.95)", "test_figures.py -k intervals"),

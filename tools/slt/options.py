@@ -186,7 +186,6 @@ def check_options(options: PretrainOptions) -> None:
     Raises:
         UserError: options contradict each other, or a path is missing, of the wrong kind, or in use for something else.
     """
-    lct.check_given(options)
     names = [options.checkpoint_best_name, options.checkpoint_last_name, options.checkpoint_history_file]
     odd_names = [name for name in names if not name or name[0] == "." or "/" in name]
     geometry_problem = check_geometry(options.geometry)
