@@ -55,15 +55,11 @@ FAULTS = {
         "test_unseen.py -k sees_nothing",
     ),
     "the other strangers fit": Fault(
-        '{"unknown": unknown["fit"]}', '{"unknown": unknown["measure"]}', "test_figures.py -k thresholds"
+        '{"unknown": unknown["val"]}', '{"unknown": unknown["test"]}', "test_figures.py -k thresholds"
     ),
-    "the other strangers measure": Fault(
-        'unknown.get("measure")', 'unknown.get("fit")', "test_figures.py -k not_tuned"
-    ),
+    "the other strangers measure": Fault('unknown.get("test")', 'unknown.get("val")', "test_figures.py -k not_tuned"),
     "evaluate measures the other strangers": Fault(
-        'config.unknown_dir, run.config.image_bits)["measure"]',
-        'config.unknown_dir, run.config.image_bits)["fit"]',
-        "test_figures.py -k evaluate",
+        'unknown_half.rows("test")', 'unknown_half.rows("val")', "test_figures.py -k evaluate"
     ),
     "strangers count as right": Fault(
         "np.zeros(len(stranger_scores), bool)", "np.ones(len(stranger_scores), bool)", "test_figures.py -k thresholds"
