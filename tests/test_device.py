@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import operator
-import subprocess
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import make_dataset
+from conftest import make_dataset, shrink_config
+from killing import Nursery
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lct_dino3 as lct
@@ -316,11 +316,20 @@ def test_what_answers_is_embedded_in_float32_however_the_backbone_is_trained(
     np.testing.assert_allclose(run.gallery.stacks, exact[rows], atol=1e-5)
 
 
-def test_every_check_of_a_gpu_has_a_line_on_a_cpu_too_and_passes_for_nothing_there(gpu: types.ModuleType) -> None:
-    command = [sys.executable, gpu.__file__, "--dry"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, *lines, total = done.stdout.splitlines()
+def test_every_check_of_a_gpu_has_a_line_on_a_cpu_too_and_passes_for_nothing_there(
+    gpu: types.ModuleType,
+    nursery: Nursery,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu.Bench, "nursery", nursery)
+    if importlib.util.find_spec("sam2"):
+        monkeypatch.setattr(gpu, "SAM2_CFG", shrink_config(gpu.SAM2_CFG, tmp_path))
+    code = gpu.main(["--dry"])
+    said = capsys.readouterr()
+    assert code == 0, said
+    _, *lines, total = said.out.splitlines()
     verdicts = dict(reversed(line.split(":")[0].split()) for line in lines)
     assert len(lines) == len(verdicts) and verdicts.keys() == {check.__name__ for check in gpu.MEASURED + gpu.COMPARED}
     assert {name for name, verdict in verdicts.items() if verdict == "skip"} <= {
