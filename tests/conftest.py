@@ -49,8 +49,8 @@ HARD_RUNS = {  # --patience makes the best epoch another one than the last
 }
 # Begun first, or one of them would be left at the end with a core idle.
 LONGEST_FILES = (
-    "test_ddp.py test_resume.py test_prelabel.py test_figures.py test_device.py test_demo.py test_run.py test_report.py"
-    " test_pretrain.py test_model.py"
+    "test_resume.py test_figures.py test_ddp.py tools/test_pretrain.py tools/test_prelabel.py test_run.py tools/test_demo.py"
+    " tools/test_export.py tools/test_track.py tools/test_masks.py test_device.py tools/test_modelit.py"
 ).split()
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # The smallest real training job: a test that expects a refusal ends soon even if none comes.
@@ -63,7 +63,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the files: LONGEST_FILES first."""
     ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    items.sort(key=lambda item: ranks.get(item.path.relative_to(REPO / "tests").as_posix(), len(ranks)))
 
 
 def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:
