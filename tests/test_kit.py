@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
 from killing import Nursery, kill
 
 import lct_dino3 as lct
@@ -62,10 +59,8 @@ def test_its_options_are_read_checked_and_explained_like_those_of_the_script(sta
     assert "Learn a distribution on a circle." in start("--help")[1]
 
 
-def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
-    """As a user starts it."""
+def test_a_checkpoint_of_another_program_is_refused(start: Callable, tmp_path: Path) -> None:
     lct.write_checkpoint(tmp_path / lct.LAST_NAME, {"epoch": 1, "batches": 0, "model": {}})
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "run_start"}) + "\n", encoding="utf-8")
-    command = [sys.executable, REPO / "tests" / "gan.py", "--out_dir", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and done.stdout == "" and "is not a checkpoint of this script" in done.stderr
+    code, text = start("--out_dir", tmp_path)
+    assert code == 2 and text.startswith("error: ") and "is not a checkpoint of this script" in text

@@ -385,7 +385,7 @@ def test_register_tokens_stand_before_the_first_block() -> None:
     ("name", "number", "last", "below"),
     [
         ("test_vit", 2, ("blocks.4.", "blocks.5.", "norm."), "blocks.3"),
-        (EVA, 1, ("blocks.11.", "norm."), "blocks.10"),
+        (f"{EVA}:depth=3", 1, ("blocks.2.", "norm."), "blocks.1"),
         ("resnet10t", 1, ("layer4.0.",), "layer3.0"),
         ("mobilenetv2_035", 2, ("blocks.5.2.", "blocks.6.0.", "conv_head.", "bn2."), "blocks.5.1"),
     ],
@@ -413,7 +413,7 @@ def test_the_last_blocks_alone_are_trained_and_stored(name: str, number: int, la
     assert changed_keys(again, copy_state(model)) == set()
 
 
-@pytest.mark.parametrize("name", ["test_vit", EVA])
+@pytest.mark.parametrize("name", ["test_vit", f"{EVA}:depth=3"])
 def test_lora_starts_from_the_base_trains_its_own_weights_and_merges(name: str) -> None:
     options = {"model_id": name, "img_size": 32, "lora_rank": 3}
     images = draw_images(4, 3, 32, 32)
@@ -509,21 +509,18 @@ def vit_state() -> dict[str, torch.Tensor]:
     return vary_weights(timm.create_model("test_vit", num_classes=0, img_size=160)).state_dict()
 
 
-PREFIXES = (
-    "",
-    "model.",
-    "module._orig_mod.",
-    "model.backbone.",
-    "encoder.",
-    "_orig_mod.module.model.backbone.",
-    "net.feature_extractor.",
-)
-
-
 @pytest.mark.parametrize(
-    "wrapper", [None, "state_dict", "model", "net", "teacher", "model_state_dict", "weights_of_mine"]
+    ("prefix", "wrapper"),
+    [
+        ("", "weights_of_mine"),
+        ("model.", "model"),
+        ("module._orig_mod.", "model_state_dict"),
+        ("model.backbone.", None),
+        ("encoder.", "net"),
+        ("_orig_mod.module.model.backbone.", "state_dict"),
+        ("net.feature_extractor.", "teacher"),
+    ],
 )
-@pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes_and_wrappers_come_off_before_timm_converts(
     prefix: str, wrapper: str | None, vit_state: dict, tmp_path: Path
 ) -> None:

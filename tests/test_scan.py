@@ -141,9 +141,9 @@ def test_things_named_like_images_are_problems_and_nothing_hangs(tmp_path):
     assert found.report["classes"]["a"]["quarantined"] == 2
 
 
-def test_a_hundred_thousand_paths_are_listed_in_order(tmp_path):
+def test_twenty_thousand_paths_are_listed_in_order(tmp_path):
     try:
-        names = [f"{index * 7919 % 10_000:05d}.jpg" for index in range(10_000)]  # made in another order than sorted
+        names = [f"{index * 7919 % 2_000:05d}.jpg" for index in range(2_000)]  # made in another order than sorted
         for label in range(10):
             folder = tmp_path / f"class{9 - label}"
             folder.mkdir()
@@ -151,10 +151,10 @@ def test_a_hundred_thousand_paths_are_listed_in_order(tmp_path):
             for name in names[1:]:
                 os.link(folder / names[0], folder / name)
         listing = lct.list_images(tmp_path)
-        assert listing.paths == [f"class{label}/{index:05d}.jpg" for label in range(10) for index in range(10_000)]
+        assert listing.paths == [f"class{label}/{index:05d}.jpg" for label in range(10) for index in range(2_000)]
         assert [listing.class_of(path) for path in listing.paths] == [path.split("/")[0] for path in listing.paths]
         assert lct.stat_files(tmp_path, listing.paths)[:, 0].tolist() == [
-            9 - label for label in range(10) for _ in range(10_000)
+            9 - label for label in range(10) for _ in range(2_000)
         ]
         assert not listing.problems
     finally:

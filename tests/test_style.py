@@ -2,12 +2,16 @@
 
 import ast
 import functools
+import importlib
+import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+from killing import Nursery
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = (ROOT / "lct_dino3.py").read_text(encoding="utf-8")
@@ -250,36 +254,34 @@ def test_errors_are_never_swallowed_in_silence(source: str) -> None:
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(parse(source)))
 
 
-IMPORT_EACH = """
-import os, sys, traceback
-import albumentations, timm, torch
+def import_each(folder: str, *names: str) -> int:
+    """Import each file in a fork; return how many end with an error."""
+    os.chdir(folder)
+    sys.argv = ["x", "--no_such_flag"]
+    for name in names:
+        sys.modules.pop(name, None)
+    num_failed = 0
+    for name in names:
+        child = os.fork()
+        if not child:
+            code = 0
+            try:
+                importlib.import_module(name)
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            os._exit(code)
+        num_failed += os.waitpid(child, 0)[1] != 0
+        if name == "lct_dino3":  # tools import it, and it has just been shown to do nothing
+            importlib.import_module(name)
+    return num_failed
 
-sys.argv = ["x", "--no_such_flag"]
-sys.path[:0] = {folders!r}
-for name in {names!r}:
-    child = os.fork()
-    if not child:
-        code = 0
-        try:
-            __import__(name)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        os._exit(code)
-    if os.waitpid(child, 0)[1]:
-        print(f"{{name}} ends with an error")
-    if name == "lct_dino3":  # tools import it, and it has just been shown to do nothing
-        __import__(name)
-"""
 
-
-def test_importing_a_file_does_nothing(tmp_path: Path) -> None:
-    """Each in a fork of a process that has the libraries, whose import is what takes the time."""
+def test_importing_a_file_does_nothing(nursery: Nursery, tmp_path: Path) -> None:
+    """In forks of a process that has the libraries, whose import is what takes the time."""
     names = [module_name(source) for source in SOURCES]
-    code = IMPORT_EACH.format(folders=[str(ROOT), str(ROOT / "tools")], names=names)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert nursery.run(tmp_path, *names, function=("test_style", "import_each")) == (0, "")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -135,7 +135,7 @@ def test_accumulated_batches_are_one_to_the_heads_too() -> None:
 
 def test_beyond_many_classes_no_regression_is_fitted(patch_used: Callable) -> None:
     patch_used(lct, "LOGREG_MAX_CLASSES", NUM_CLASSES - 1)
-    job = make_job()
+    job = make_job(epochs=2)
     assert lct.measure_unseen(job, draw_features(job, 0.5))[0]["open_set"]["others"] == {}
 
 
@@ -161,7 +161,7 @@ def test_where_there_is_too_little_nothing_is_measured() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_left_out_classes_without_a_val_or_test_image_are_no_figure_and_no_warning() -> None:
-    job = make_job()
+    job = make_job(epochs=2)
     features = draw_features(job, 0.5)
     folds = np.random.default_rng((job.config.seed, 9)).permutation(NUM_CLASSES) % lct.UNSEEN_FOLDS
     for split in ("val", "test"):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from conftest import HARD_RUN, draw_image, image_bytes, make_dataset
+from conftest import draw_image, image_bytes, make_dataset
 from PIL import Image
 from scipy.ndimage import label as find_regions
 from timm.models import register_model
@@ -98,24 +99,27 @@ def test_a_mask_that_moves_brings_in_no_object_from_outside(tmp_path: Path, call
     assert [find_regions(own)[1] for own in masks] == [1] * len(masks)
 
 
-def test_the_head_is_a_function_of_the_seed_however_the_backbone_came(hard_data: Path, call_main: Callable) -> None:
+def test_the_head_is_a_function_of_the_seed_however_the_backbone_came(
+    small_data: Path, tmp_path: Path, call_main: Callable
+) -> None:
     """And the linear layer of --criterion cross_entropy is drawn as torch.nn.Linear draws that of one head."""
 
     def train(name: str, *flags: object) -> dict[str, torch.Tensor]:
-        out_dir = hard_data / f"head_{name}"
-        places = ("--data_root", hard_data / "data", "--out_dir", out_dir)
-        recipe = ("--epochs", 1, "--lr", 1e-8, "--criterion", "cross_entropy")  # so that it stays where it began
-        assert call_main(*places, *HARD_RUN, *recipe, *flags) == 0
-        weights = torch.load(out_dir / "checkpoint_best.pth", weights_only=True)["model"]
+        places = ("--data_root", small_data, "--out_dir", tmp_path / name)
+        model = "--model_id test_resnet --img_size 32 --emb_dim 32 --heads 2 --precision fp32 --gpus 0 --workers 0"
+        recipe = "--seed 1 --epochs 1 --lr 1e-8 --criterion cross_entropy"  # so that it stays where it began
+        assert call_main(*places, *model.split(), *recipe.split(), *flags) == 0
+        weights = torch.load(tmp_path / name / "checkpoint_best.pth", weights_only=True)["model"]
         return {
             key: value for key, value in weights.items() if key.endswith("weight") and "norm" not in key and len(value)
         }
 
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "backbone.pth")
     random = train("random", "--no-pretrained")
-    from_file = train("file", "--backbone_weights", hard_data / "backbone.pth")
+    from_file = train("file", "--backbone_weights", tmp_path / "backbone.pth")
     assert random.keys() == from_file.keys() and {key.split(".")[0] for key in random} == {"head", "criterion"}
     assert all(torch.allclose(random[key], from_file[key], atol=1e-5) for key in random)
-    other = train("seed", "--backbone_weights", hard_data / "backbone.pth", "--seed", 2)
+    other = train("seed", "--backbone_weights", tmp_path / "backbone.pth", "--seed", 2)
     assert not any(torch.allclose(other[key], from_file[key], atol=1e-2) for key in other)
     bound = (2 / 32) ** 0.5  # two heads, each of which sees half of the 32 numbers
     assert 0.95 * bound < random["criterion.weight"].abs().max() < bound + 1e-5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import logging
 import os
@@ -21,8 +20,7 @@ import masks
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import TINY_RUN, draw_image
+from conftest import TINY_RUN, draw_image, shrink_config
 from PIL import Image
 from test_masks import make_masked_dataset
 
@@ -32,31 +30,6 @@ TINY = "configs/sam2.1/sam2.1_hiera_t.yaml"
 # File names that a user may have; the first crop is wide, so that a squashed mask would show.
 CROPS = {"hammer/0000.png": (90, 60), "hammer/кадр 1.png": (48, 64), "pliers/0000.png": (56, 56)}
 PROPOSED: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}  # what the model says of a crop, which takes it seconds
-
-
-def shrink_config(cfg: str, folder: Path) -> str:
-    """Write an official config with fewer and narrower layers to `folder`; return its name, which leads out of the package.
-
-    Its model takes 0.3 s for a crop where the official one takes 7. The predictor asks for the image size as it is.
-    """
-    root = Path(importlib.import_module("sam2").__path__[0])
-    content = yaml.safe_load((root / cfg).read_text(encoding="utf-8"))
-    model = content["model"]
-    encoder, attention, memory = model["image_encoder"], model["memory_attention"], model["memory_encoder"]
-    stages = [max(1, num_blocks // 5) for num_blocks in encoder["trunk"]["stages"]]
-    encoder["trunk"] |= {"embed_dim": 8, "stages": stages, "global_att_blocks": []}
-    encoder["neck"] |= {"d_model": 64, "backbone_channel_list": [64, 32, 16, 8]}
-    attention |= {"d_model": 64, "num_layers": 1}
-    attention["layer"] |= {"d_model": 64, "dim_feedforward": 64}
-    for part in ("self_attention", "cross_attention"):
-        attention["layer"][part]["embedding_dim"] = 64
-    memory["fuser"]["layer"]["dim"] = 64
-    for part in (encoder["neck"], memory):
-        part["position_encoding"]["num_pos_feats"] = 64
-    path = folder / cfg
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# @package _global_\n{yaml.safe_dump(content)}", encoding="utf-8")
-    return os.path.relpath(path, root)
 
 
 @pytest.fixture(scope="session")
