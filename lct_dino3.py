@@ -2188,15 +2188,14 @@ class Records:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of a scan: the records to train on, the content of data_report.json, and the health of each file."""
+    """The result of a scan: the records to train on, what the check of their files found, and the content of data_report.json."""
 
     records: Records
     report: dict[str, Any]
     fingerprint: str  # hash of the paths and contents of all usable images
     listing: Listing
-    health: FileHealth  # of the files of `listing`
+    crops: np.ndarray  # (N,) IMAGE_DTYPE, of each record
     memory: FileMemory  # of out_dir; `save` writes the results of the scan
-    mask_health: FileHealth | None = None
 
 
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
@@ -2209,19 +2208,19 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     memory = FileMemory(config.out_dir)
     if squares is not None and 3 * squares.side**2 * len(listing.paths) > squares.room:
         squares = None
-    health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
-    image_bits = config.image_bits or find_image_bits(health.rows["highest"])
-    deep = np.flatnonzero(health.rows["highest"])  # which is 0 for images of 8 bits
+    check = functools.partial(check_image, squares=squares)
+    rows, reasons = check_files(config.data_root, listing.paths, "image", IMAGE_DTYPE, check, memory)
+    image_bits = config.image_bits or find_image_bits(rows["highest"])
+    deep = np.flatnonzero(rows["highest"])  # which is 0 for images of 8 bits
     if len(deep):  # checked again, now that the bit depth is known
         paths = [listing.paths[index] for index in deep]
-        check = functools.partial(check_image, bits=image_bits)
-        kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=check)
-        deep_health = check_files(config.data_root, paths, kind, memory, squares)
-        health.rows[deep] = deep_health.rows
-        health.reasons.update(deep_health.reasons)
-    usable = np.flatnonzero(~health.rows["broken"])
+        name = f"{'/'.join(map(str, image_bits))}-bit image"
+        check = functools.partial(check, bits=image_bits)
+        rows[deep], deep_reasons = check_files(config.data_root, paths, name, IMAGE_DTYPE, check, memory)
+        reasons |= deep_reasons
+    usable = np.flatnonzero(~rows["broken"])
     if not len(usable):
-        path, reason = next(iter(health.reasons.items()))
+        path, reason = next(iter(reasons.items()))
         problem = f"all {len(listing.paths)} images are broken (the first: {path}: {reason})"
         raise UserError(problem, config.describe("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
@@ -2230,9 +2229,9 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     order = sorted(usable, key=lambda i: (label_of[listing.paths[i]], listing.paths[i]))
     paths = [listing.paths[i] for i in order]
     labels = np.array([label_of[path] for path in paths], dtype=np.int32)
-    rows = health.rows[order]
-    near_pairs = find_near_duplicates(rows["phash"], rows["thumb"], config.near_dup_bits)
-    duplicates = {"exact": chain_equal(rows["digest"]), "near": near_pairs}  # exact: the same bytes
+    crops = rows[order]
+    near_pairs = find_near_duplicates(crops["phash"], crops["thumb"], config.near_dup_bits)
+    duplicates = {"exact": chain_equal(crops["digest"]), "near": near_pairs}  # exact: the same bytes
     edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
     groups = find_components(len(paths), edges)
     splits = choose_splits(paths, labels, groups, config)
@@ -2253,7 +2252,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         "class_map": {folder: name for folder, name in class_of.items() if folder != name},
         "image_bits": image_bits,
         "splits": config.splits,
-        **describe_health(listing, health, class_of, config.splits),
+        **describe_health(listing, rows, reasons, class_of, config.splits),
         **describe_duplicates(records, duplicates),
         "leaks_prevented": 0 if folders_are_splits else num_leaks,
     }
@@ -2265,11 +2264,13 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     if len(deep) and image_bits != (16,):
         report["warnings"].append(describe_image_bits(len(deep), image_bits) + " (--image_bits)")
-    unusable = (*dict(listing.problems), *health.reasons)
+    unusable = (*dict(listing.problems), *reasons)
     broken = Counter(class_of.get(listing.class_of(path)) for path in unusable)
     report["classes"], notes = count_classes(used, broken, config)
     report["warnings"] += notes
-    return Scan(used, report, fingerprint(list(paths), rows["digest"]), listing, health, memory)
+    chosen = set(used.paths)
+    used_crops = crops[[path in chosen for path in paths]]
+    return Scan(used, report, fingerprint(list(paths), crops["digest"]), listing, used_crops, memory)
 
 
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
@@ -2516,11 +2517,13 @@ BIG_IMAGE_LOCK = threading.Lock()
 ODD_NAME = "its name is not UTF-8, or has control characters"
 
 
-def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
-    """Return an image's IMAGE_DTYPE row and why it is broken, or ''. `keep` gets the pixels, of a deep image only with `bits`."""
+def check_image(
+    root: Path, path: str, squares: SquareFile | None = None, bits: Sequence[int] = ()
+) -> tuple[np.ndarray, str]:
+    """Return an image's IMAGE_DTYPE row and why it is broken, or ''. `squares` gets the image, a deep one only with `bits`."""
     row = np.zeros((), dtype=IMAGE_DTYPE)
     try:
-        data = read_file(path)
+        data = read_file(root / path)
         row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         with opened_image(data) as image:  # reads the header only
             is_big = image.width * image.height > BIG_PIXELS
@@ -2529,8 +2532,8 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
             with opened_image(data) as image:
                 row["highest"] = highest_value(image, data)
             small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
-            if keep is not None and (bits or not row["highest"]):
-                keep(pixels)
+            if squares is not None and (bits or not row["highest"]):
+                squares.keep_image(path, pixels)
     except ImageError as error:
         row["broken"] = True
         return row, str(error)
@@ -2544,67 +2547,40 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
     return row, ""
 
 
-class FileKind(NamedTuple):
-    """A kind of file that the scan checks."""
-
-    name: str
-    dtype: np.dtype
-    # (path, callback for the decoded image or None) -> (row, why the file is broken or '').
-    check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
-
-
-IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
-
-
-@dataclass(frozen=True)
-class FileHealth:
-    """The results of checking files, one row per file."""
-
-    paths: Sequence[str]
-    stats: np.ndarray  # int64 (N, 2), size in bytes and mtime in ns
-    rows: np.ndarray  # (N,) structured, `FileKind.dtype`
-    reasons: dict[str, str]  # path -> why it is broken
-
-
 def check_files(
-    root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
-) -> FileHealth:
-    """Check every file in parallel, unless the memory knows it with the same size and mtime. `squares` gets the decoded images.
+    root: Path,
+    paths: Sequence[str],
+    name: str,
+    dtype: np.dtype,
+    check: Callable[[Path, str], tuple],
+    memory: FileMemory,
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Check every file in parallel, unless the memory knows it with the same size and mtime. Return rows (N,), reasons by path.
 
-    `paths` are absolute or relative to `root`. The memory learns the results; a check that is interrupted or long also saves it.
+    `check(root, path)` returns a file's row of `dtype` and the reason why it is broken, or ''. `paths` are absolute or relative to
+    `root`. The memory learns the results; a check that is interrupted or long also saves it.
     """
-    row_size, stats = kind.dtype.itemsize, stat_files(root, paths)
-    memory_kind = f"{kind.name}/{row_size} {printable(str(root.resolve()))}"
-    known, stamps = memory.recall(memory_kind), list(map(tuple, stats.tolist()))
-    rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
-    todo, recalled = [], {}  # indices, and index -> row as bytes
-    for index, path in enumerate(paths):
+    kind = f"{name}/{dtype.itemsize} {printable(str(root.resolve()))}"
+    known, stamps = memory.recall(kind), list(map(tuple, stat_files(root, paths).tolist()))
+    values = []  # row and reason of each file as bytes; b"" until it is checked
+    for path, stamp in zip(paths, stamps, strict=True):
         num_bytes, mtime_ns, value = known.get(path, (0, 0, b""))
-        if (num_bytes, mtime_ns) != stamps[index] or len(value) < row_size:
-            todo.append(index)
-            continue
-        recalled[index] = value[:row_size]
-        if len(value) > row_size:
-            reasons[path] = value[row_size:].decode("utf-8")
-    rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
-
-    def check(index: int) -> tuple[np.ndarray, str]:
-        keep = None if squares is None else functools.partial(squares.keep_image, paths[index])
-        return kind.check(root / paths[index], keep)
-
+        values.append(value if (num_bytes, mtime_ns) == stamp else b"")
+    todo = [index for index, value in enumerate(values) if len(value) < dtype.itemsize]
     saved_at = time.monotonic()
-    results = map_in_threads(check, todo)
-    with keep_memory(memory), progress(results, len(todo), f"checking {kind.name}s", kind.name) as bar:
+    results = map_in_threads(lambda index: check(root, paths[index]), todo)
+    with keep_memory(memory), progress(results, len(todo), f"checking {name}s", name) as bar:
         for index, (row, reason) in bar:
-            rows[index] = row
-            if reason:
-                reasons[paths[index]] = reason
+            values[index] = row.tobytes() + reason.encode("utf-8")
             if row["digest"]:  # it could be read: a permission changes neither size nor mtime
-                memory.learn(memory_kind, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+                memory.learn(kind, paths[index], stamps[index], values[index])
             if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
                 memory.save_early()
                 saved_at = time.monotonic()
-    return FileHealth(paths, stats, rows, reasons)
+    rows = np.frombuffer(bytearray().join(value[: dtype.itemsize] for value in values), dtype)  # writable
+    pairs = zip(paths, values, strict=True)
+    reasons = {path: value[dtype.itemsize :].decode("utf-8") for path, value in pairs if len(value) > dtype.itemsize}
+    return rows, reasons
 
 
 def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
@@ -3014,11 +2990,11 @@ def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe_health(
-    listing: Listing, health: FileHealth, class_of: dict[str, str | None], splits: str
+    listing: Listing, rows: np.ndarray, reasons: dict[str, str], class_of: dict[str, str | None], splits: str
 ) -> dict[str, Any]:
     """Return the entries of the data report on single images and folders: quarantine, sizes, modes, orientation, warnings."""
-    rows = health.rows[~health.rows["broken"]]
-    broken = [*listing.problems, *health.reasons.items()]
+    rows = rows[~rows["broken"]]
+    broken = [*listing.problems, *reasons.items()]
     quarantined = [{"path": printable(path), "reason": reason} for path, reason in broken]
     sizes = {}
     for side, measure in itertools.product(("width", "height"), ("min", "median", "max")):
@@ -3305,18 +3281,17 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     for path in (*listing.paths, *listing.excluded, *dict(listing.problems)) if files else ():
         choices[path] = [files[key] for key in mask_names(config, path) if key in files]
     refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
-    crops = dict(zip(listing.paths, scan.health.rows, strict=True))
-    for path in records.paths:
+    for path, mode in zip(records.paths, scan.crops["mode"].tolist(), strict=True):
         choices.setdefault(path, [])
-        if str(crops[path]["mode"]) in ("RGBA", "LA", "PA"):
+        if mode in ("RGBA", "LA", "PA"):
             choices[path].append(path)
     paths = sorted({mask for path in records.paths for mask in choices[path]})
-    check = functools.partial(check_mask, config.masks_dirname)
-    kind = FileKind(f"{config.masks_dirname}/ object mask", MASK_DTYPE, check)
-    health = check_files(config.data_root, paths, kind, scan.memory)
-    mask_rows, masks = dict(zip(paths, health.rows, strict=True)), []
-    for path in records.paths:
-        reasons = {mask: health.reasons.get(mask) or _misfit(mask_rows[mask], crops[path]) for mask in choices[path]}
+    check = functools.partial(check_mask, masks_dirname=config.masks_dirname)
+    name = f"{config.masks_dirname}/ object mask"
+    rows, broken = check_files(config.data_root, paths, name, MASK_DTYPE, check, scan.memory)
+    mask_rows, masks = dict(zip(paths, rows, strict=True)), []
+    for path, crop in zip(records.paths, scan.crops, strict=True):
+        reasons = {mask: broken.get(mask) or _misfit(mask_rows[mask], crop) for mask in choices[path]}
         refused |= {mask: reason for mask, reason in reasons.items() if reason and mask != path}
         masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
     mask_log, kinds, not_made = read_mask_log(config.out_dir), Counter(), []
@@ -3343,7 +3318,7 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     digests = {path: mask_rows[path]["digest"] for path in masks if path}
     masks_hash = fingerprint(digests) if digests else ""
     records = dataclasses.replace(records, masks=np.array(masks, dtype=STRINGS), masks_hash=masks_hash)
-    return dataclasses.replace(scan, records=records, report=report, mask_health=health)
+    return dataclasses.replace(scan, records=records, report=report)
 
 
 def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -3380,11 +3355,11 @@ def _mask_key(path: str) -> str:
     return unicodedata.normalize("NFC", path[:-4] + path[-4:].lower())
 
 
-def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarray, str]:
+def check_mask(root: Path, path: str, masks_dirname: str) -> tuple[np.ndarray, str]:
     """Decode one mask; return its MASK_DTYPE row, and the reason why it cannot be used or ''."""
     row = np.zeros((), dtype=MASK_DTYPE)
     try:
-        data = read_file(path)
+        data = read_file(root / path)
         row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         mask = decode_mask(data, is_alpha_file(path, masks_dirname))
     except ImageError as error:
@@ -3784,9 +3759,7 @@ def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     """Try the lists of transforms on the crops of extreme size before training; return warnings. Raises UserError."""
     lists, records, is_random = given_lists(config), scan.records, False
-    index = {path: row for row, path in enumerate(scan.listing.paths)}
-    crops = scan.health.rows[[index[path] for path in records.paths]]
-    width, height = crops["width"].astype(float), crops["height"].astype(float)
+    width, height = scan.crops["width"].astype(float), scan.crops["height"].astype(float)
     extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
     for path in records.paths[sorted(extremes)] if lists else ():
         with contextlib.suppress(ImageError):  # a file removed since the scan
@@ -3988,7 +3961,7 @@ def augmentation_share(config: Config, epoch: int) -> float:
 class Backgrounds:
     """Pictures on which training pastes crops."""
 
-    health: FileHealth  # of all pictures in the folder
+    reasons: dict[str, str]  # path of a picture in the folder -> why it cannot be used
     root: Path
     paths: np.ndarray  # STRINGS; usable pictures, relative to root
     identity: str  # must be equal for a run to resume
@@ -4040,7 +4013,7 @@ class Backgrounds:
 
     def describe(self) -> str:
         """Return lines for the log: the number of usable pictures, and up to ten that cannot be used."""
-        unused = [f"warning: not used as a background: {path}: {why}" for path, why in self.health.reasons.items()]
+        unused = [f"warning: not used as a background: {path}: {why}" for path, why in self.reasons.items()]
         more = [f"  ... and {len(unused) - 10} more"] if len(unused) > 10 else []
         return "\n".join([f"backgrounds: {len(self.paths):,} pictures in {self.root}", *unused[:10], *more])
 
@@ -4050,18 +4023,18 @@ def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
     if not config.insert_background_p:
         return None
     root, tree = config.backgrounds, list_image_tree(config.backgrounds)
-    health = check_files(root, tree.paths, IMAGE_KIND._replace(name="background"), memory)
-    health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
-    usable = np.flatnonzero(~health.rows["broken"])
+    rows, reasons = check_files(root, tree.paths, "background", IMAGE_DTYPE, check_image, memory)
+    reasons |= dict(tree.problems)
+    usable = np.flatnonzero(~rows["broken"])
     if not len(usable):
-        reason = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
+        reason = next((f": {path} {reason}" for path, reason in reasons.items()), ", for it has no images")
         where, remedy = f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
         raise UserError(f"holds no picture that can be used{reason}", where, remedy)
     paths = np.array(tree.paths, dtype=STRINGS)[usable]
     share, max_ratio = config.insert_background_p, config.background_max_ratio
-    identity = f"{len(paths)} pictures of contents {fingerprint(list(paths), health.rows['digest'][usable])}"
+    identity = f"{len(paths)} pictures of contents {fingerprint(list(paths), rows['digest'][usable])}"
     identity += f", p {share}, max_ratio {max_ratio}"
-    return Backgrounds(health, root, paths, identity, share, max_ratio, max_side=2 * config.img_size)
+    return Backgrounds(reasons, root, paths, identity, share, max_ratio, max_side=2 * config.img_size)
 
 
 # Mixing of the images of a batch, on the device. The draws are a function of seed, epoch and batch number.
