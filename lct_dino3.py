@@ -2280,16 +2280,17 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         listing = list_images(config.data_root, config.masks_dirname, config.splits)
     except OSError as error:
         raise UserError(error.strerror, where, "check the permissions") from error
-    has_images = (config.splits == "random" and listing.ignored[IMAGE_ENTRY] > 0) or "cropped" in listing.all_folders
-    if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
+    folders = set(listing.classes.values())
+    has_images = (config.splits == "random" and listing.ignored[IMAGE_ENTRY] > 0) or "cropped" in folders
+    if has_images and folders <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
         root = config.data_root.resolve()
         parent = root.parent.parent if root.name == "cropped" else root.parent
         remedy = f"give its parent, --data_root {parent}, if it is one\n{DATA_TREE}"
         raise UserError("holds no class folders, and looks like one itself", where, remedy)
-    if not listing.all_folders:
+    if not folders:
         problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
         raise UserError(f"holds {problem}", where, DATA_TREE)
-    class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
+    class_of = read_class_map(config.class_map, sorted(folders))
     used, problems, excluded, matched = [], [], [], Counter({glob: 0 for glob in config.exclude})
     is_dropped = {}  # class folder -> whether globs such as `rulers/*` exclude all of it
     for path, reason in (*((path, "") for path in listing.paths), *listing.problems):
@@ -2311,7 +2312,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(problem, where, "check names and permissions of its files and folders")
     if not used:
         ignored = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
-        split_folders = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys()
+        split_folders = {name.lower() for name in folders} & SPLIT_FOLDERS.keys()
         are_splits = split_folders and listing.ignored[FOLDER_ENTRY]
         hint = "are train, val and test folders of class folders? give --splits from_folders"
         raise UserError(f"holds no images{ignored}", where, hint if are_splits else DATA_TREE)
@@ -2370,9 +2371,10 @@ class Listing:
     """The files of the class folders, before any image is opened."""
 
     paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
-    classes: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of images -> class folder, NFC
+    classes: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # folder of images, also an empty one -> class folder, NFC
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
-    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # by `entry_type`, also beside class folders
 
@@ -2446,11 +2448,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             listing.problems.append((prefix, ODD_NAME))
             continue
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
-        class_name = unicodedata.normalize("NFC", folder.name)
-        if not (split_prefix and class_name in listing.all_folders):
-            # Twins by Unicode form stay in twice: describe_health counts them.
-            listing.all_folders.append(class_name)
-        listing.classes[prefix] = class_name
+        listing.classes[prefix] = unicodedata.normalize("NFC", folder.name)
         if subfolders := {*listing.add_folder(data_root, f"{prefix}/")} - {masks_dirname, CUTOUTS_DIRNAME}:
             listing.ignored[FOLDER_ENTRY] += len(subfolders)
     return listing
@@ -2999,10 +2997,10 @@ def describe_health(
     sizes = {}
     for side, measure in itertools.product(("width", "height"), ("min", "median", "max")):
         sizes[f"{side}_{measure}"] = int(getattr(np, measure)(rows[side]))
-    folders, by_case, notes = Counter(listing.all_folders), {}, []
+    folders, by_case, notes = Counter(listing.classes.values()), {}, []
     for name, count in sorted(folders.items()):
         by_case.setdefault(name.casefold(), []).append(name)
-        if count > 1:
+        if count > 1 and splits == "random":  # folders of several splits may have one name
             notes.append(f"{count} folders are all named {name} once their Unicode is normalised: one class")
     for names in by_case.values():
         if (num_classes := len({class_of[name] for name in names} - {None})) > 1:
