@@ -3948,12 +3948,6 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
         raise UserError(problem, place, f"see {transform.__name__} in the documentation of its library") from error
 
 
-def augmentation_share(config: Config, epoch: int) -> float:
-    """Return the share of samples that epoch e, from 0, augments: p(e) = start + (end - start) (e / (E - 1))^exponent."""
-    progress = min(1.0, epoch / max(1, config.epochs - 1))
-    return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
-
-
 # Backgrounds: pictures on which crops are pasted before they are transformed. Each is checked once, like the data set's images.
 @dataclass(frozen=True)
 class Backgrounds:
@@ -4280,7 +4274,10 @@ class EpochSampler(Sampler):
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
-        share = augmentation_share(self.config, self.epoch)
+        # Epoch e, from 0, augments a share of its samples: p(e) = start + (end - start) (e / (E - 1))^exponent.
+        done = min(1.0, self.epoch / max(1, self.config.epochs - 1))
+        growth = self.config.aug_end_p - self.config.aug_start_p
+        share = self.config.aug_start_p + growth * done**self.config.aug_exponent
         augmented = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
         repetitions: Counter[int] = Counter()
         for number, (start, stop) in enumerate(itertools.pairwise(batch_borders(len(rows), self.batch))):
