@@ -4279,13 +4279,13 @@ class EpochSampler(Sampler):
         growth = self.config.aug_end_p - self.config.aug_start_p
         share = self.config.aug_start_p + growth * done**self.config.aug_exponent
         augmented = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
-        repetitions: Counter[int] = Counter()
+        repetitions: Counter[int] = Counter()  # earlier showings of an image in the epoch
         for number, (start, stop) in enumerate(itertools.pairwise(batch_borders(len(rows), self.batch))):
             keys = []
             drawn = zip(*(values[start:stop].tolist() for values in (rows, views, augmented)), strict=True)
             for row, view, is_augmented in drawn:
-                words = sample_entropy(self.seed, self.epoch, row, repetitions[row])
-                keys.append(SampleKey(row, words, int(view), self.epoch + repetitions[row], is_augmented))
+                entropy = (self.seed, 3, self.epoch, row, repetitions[row])
+                keys.append(SampleKey(row, entropy, int(view), self.epoch + repetitions[row], is_augmented))
                 repetitions[row] += 1
             if number >= self.first_batch:
                 yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
@@ -4310,11 +4310,6 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
     if len(borders) > 2 and borders[-1] - borders[-2] == 1:
         del borders[-2]
     return borders
-
-
-def sample_entropy(seed: int, epoch: int, row: int, repetition: int = 0) -> tuple[int, ...]:
-    """Return the entropy of a sample's augmentation; `repetition` counts earlier showings of the image in the epoch."""
-    return seed, 3, epoch, row, repetition
 
 
 def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions, runtime: Runtime) -> DataLoader:
@@ -7798,7 +7793,7 @@ class ViewCache:
         extract = make_extractor(self._backbone, job.info, job.runtime)
         for view in range(first // num_images, num_views):
             keys = [
-                SampleKey(row, sample_entropy(job.config.seed, view, row), int(is_masked))
+                SampleKey(row, (job.config.seed, 3, view, row, 0), int(is_masked))
                 for row, is_masked in zip(self._rows.tolist(), self._is_masked[view + 1].tolist(), strict=True)
             ]
             batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)
