@@ -3804,7 +3804,7 @@ def build_transform(
     steps = {}
     for name, entries in lists.items():
         entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]  # the device normalises
-        built = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
+        built = (Policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
         steps[name] = tuple(built)
     chosen = "train_augmentations" if augment else "val_augmentations"
     colours = None
@@ -3824,31 +3824,24 @@ def build_transform(
     return Transform(img_size, fill, colours, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
 
 
-def _build_policy(entry: ListEntry) -> Policy:
-    from torchvision.transforms import v2
-
-    policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
-    probability = arguments.pop("p", 1.0)
-    if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
-        raise UserError(f"{probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
-    _check_arguments(entry.where, policy_class, arguments)
-    policy = _construct(entry.where, policy_class, {"fill": [PADDING_GRAY] * 3, **arguments})
-    bins, magnitude = policy.num_magnitude_bins, getattr(policy, "magnitude", 0)
-    if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
-        remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
-        raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
-    return Policy(entry.kind, policy, probability)
-
-
 class Policy:
     """torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step of `Transform._apply`.
 
-    It is applied with `probability`; its moves also move the mask, which torchvision refuses.
+    It is applied with the probability `p` of its entry; its moves also move the mask, which torchvision refuses.
     """
 
-    def __init__(self, kind: str, policy: nn.Module, probability: float) -> None:
-        self.kind = kind  # name in error messages
-        self._policy, self._probability = policy, probability
+    def __init__(self, entry: ListEntry) -> None:
+        from torchvision.transforms import v2
+
+        self.kind, arguments = entry.kind, {"fill": [PADDING_GRAY] * 3, **entry.arguments}
+        self._probability = arguments.pop("p", 1.0)
+        if not isinstance(self._probability, (int, float)) or not 0 <= self._probability <= 1:
+            raise UserError(f"{self._probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
+        self._policy = policy = _construct(entry.where, getattr(v2, POLICIES[entry.kind]), arguments)
+        bins, magnitude = policy.num_magnitude_bins, getattr(policy, "magnitude", 0)
+        if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
+            remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
+            raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
         policy._apply_image_or_video_transform = self._apply_operation
 
     def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
@@ -3905,7 +3898,6 @@ def _build_transform(entry: ListEntry) -> Any:
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
             arguments[key] = getattr(cv2, value.removeprefix("cv2."), value)
-    _check_arguments(where, transform, arguments)
     if isinstance(arguments.get("transforms"), list):
         inner = _read_entries(f"{where}.transforms", arguments["transforms"])
         arguments["transforms"] = [_build_transform(item) for item in inner]
@@ -3913,15 +3905,6 @@ def _build_transform(entry: ListEntry) -> Any:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # only advice
         return _construct(where, transform, arguments)
-
-
-def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
-    parameters = inspect.signature(transform).parameters
-    for key in (key for key in arguments if key not in parameters):
-        remedy = did_you_mean(str(key), parameters, f"it has {', '.join(parameters)}")
-        for new in (new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in parameters):
-            remedy = f"write {new}: [low, high]"
-        raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
 
 
 def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
@@ -3938,6 +3921,7 @@ def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
 
 
 def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> Any:
+    _check_arguments(where, transform, arguments)
     try:
         return transform(**arguments)
     except Exception as error:  # libraries raise any type; albumentations wraps pydantic's errors
@@ -3946,6 +3930,15 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
         place = ".".join(map(str, (where, *details["loc"][:1])))
         problem = f"cannot be used: {' '.join(str(details['msg']).split())[:200]}"
         raise UserError(problem, place, f"see {transform.__name__} in the documentation of its library") from error
+
+
+def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
+    parameters = inspect.signature(transform).parameters
+    for key in (key for key in arguments if key not in parameters):
+        remedy = did_you_mean(str(key), parameters, f"it has {', '.join(parameters)}")
+        for new in (new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in parameters):
+            remedy = f"write {new}: [low, high]"
+        raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
 
 
 # Backgrounds: pictures on which crops are pasted before they are transformed. Each is checked once, like the data set's images.
