@@ -3403,7 +3403,7 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
     if not mask_path:
         return image, None, ""
     try:
-        mask = load_mask(records.root / mask_path, is_alpha_file(mask_path, records.masks_dirname))
+        mask = decode_mask(read_file(records.root / mask_path), is_alpha_file(mask_path, records.masks_dirname))
     except ImageError as error:
         return image, None, str(error)
     if mask.shape != image.shape[:2]:
@@ -3412,13 +3412,8 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
     return image, mask.view(np.uint8) * 255, ""
 
 
-def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
-    """Read a mask, or the alpha channel of a cutout, as bool (H, W): True is object. Raises ImageError with the reason."""
-    return decode_mask(read_file(path), is_alpha)
-
-
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode a mask file, or the alpha channel of a cutout, as bool (H, W), EXIF orientation applied. Raises ImageError.
+    """Decode a mask file, or the alpha channel of a cutout, as upright bool (H, W): True is object. Raises ImageError.
 
     Pixels above MASK_LEVEL are the object. Where they do not separate anything, the object is the opaque pixels or, in a file with
     only 0 and one other value, the non-zero pixels.

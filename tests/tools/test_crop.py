@@ -241,7 +241,7 @@ def test_every_format_gives_the_same_crops(name: str, photos: Path, tmp_path: Pa
         assert jpeg == crop.encode_jpeg(image[y : y + h, x : x + w])
         assert record["sha256"] == crop.hash_bytes(jpeg)
         if name in ("coco_rle", "cvat_masks", "labelme_masks"):
-            mask = lct.load_mask(out / record["mask"], is_alpha=False)
+            mask = lct.decode_mask(lct.read_file(out / record["mask"]), is_alpha=False)
             assert (mask == draw_mask((x, y, w, h))).all()
     listing = lct.list_images(out)
     assert set(listing.classes.values()) == set(NAMES) and len(listing.paths) == 5 and not listing.problems
@@ -293,7 +293,7 @@ def test_crops_are_those_of_prelabel_bit_by_bit(padding: float, tmp_path: Path, 
         written = np.asarray(Image.open(io.BytesIO(crop.encode_jpeg(pixels))))
         assert np.abs(written.astype(int) - pixels).mean() < 3
         if record["mask"]:
-            assert (lct.load_mask(out / record["mask"], is_alpha=False) == (mask > 127)).all()
+            assert (lct.decode_mask(lct.read_file(out / record["mask"]), is_alpha=False) == (mask > 127)).all()
     assert [bool(record["mask"]) for record in records] == [False, False, True]
 
 
