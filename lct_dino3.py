@@ -3828,15 +3828,17 @@ class Policy:
     def __init__(self, entry: ListEntry) -> None:
         from torchvision.transforms import v2
 
-        self.kind, arguments = entry.kind, {"fill": [PADDING_GRAY] * 3, **entry.arguments}
+        self.kind = entry.kind  # name in error messages
+        arguments = {"fill": [PADDING_GRAY] * 3, **entry.arguments}
         self._probability = arguments.pop("p", 1.0)
         if not isinstance(self._probability, (int, float)) or not 0 <= self._probability <= 1:
             raise UserError(f"{self._probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
-        self._policy = policy = _construct(entry.where, getattr(v2, POLICIES[entry.kind]), arguments)
+        policy = _construct(entry.where, getattr(v2, POLICIES[entry.kind]), arguments)
         bins, magnitude = policy.num_magnitude_bins, getattr(policy, "magnitude", 0)
         if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
             remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
             raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
+        self._policy = policy
         policy._apply_image_or_video_transform = self._apply_operation
 
     def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
