@@ -3271,16 +3271,10 @@ MASK_DTYPE = np.dtype([("width", "<i4"), ("height", "<i4"), ("area", "<f8"), ("d
 
 
 def attach_masks(scan: Scan, config: Config) -> Scan:
-    """Return the scan with a mask for each record: the first usable one of `mask_names`. Files are checked once, as images are."""
+    """Return the scan with a mask for each record: the first usable one of `find_masks`. Files are checked once, as images are."""
     records, listing = scan.records, scan.listing
-    folders = {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
-    files, refused = list_mask_files(config, folders)
-    choices: dict[str, list[str]] = {}  # masks by image, broken and excluded images included
-    for path in (*listing.paths, *listing.excluded, *dict(listing.problems)) if files else ():
-        choices[path] = [files[key] for key in mask_names(config, path) if key in files]
-    refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
+    choices, refused = find_masks(config, (*listing.paths, *listing.excluded), tuple(dict(listing.problems)))
     for path, mode in zip(records.paths, scan.crops["mode"].tolist(), strict=True):
-        choices.setdefault(path, [])
         if mode in ("RGBA", "LA", "PA"):
             choices[path].append(path)
     paths = sorted({mask for path in records.paths for mask in choices[path]})
@@ -3319,34 +3313,37 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     return dataclasses.replace(scan, records=records, report=report)
 
 
-def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and the reason for refusal by path."""
-    listing = Listing()
+def find_masks(
+    config: Config, paths: Sequence[str], unusable: Sequence[str] = ()
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return the mask files of each image, best first, and by path why other files of `cutouts/` and the masks folder are refused.
+
+    Cutouts come before masks, data_root before --masks_out. `<file name>_mask.png` and COLMAP's `<file name>.png` distinguish crops
+    that differ only in their suffix. The folders are those of `paths`; masks of `unusable` images in them are not refused.
+    """
     roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
-    for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
+    folders = sorted({class_folder(path, config.splits) for path in paths})
+    listing = Listing()
+    for root, folder, dirname in itertools.product(roots, folders, (CUTOUTS_DIRNAME, config.masks_dirname)):
         if is_folder(config.data_root / f"{root}{folder}/{dirname}"):
             listing.add_folder(config.data_root, f"{root}{folder}/{dirname}/")
     non_png = [path for path in listing.paths if not path.lower().endswith(".png")]
     refused = dict(listing.problems) | dict.fromkeys(non_png, "is no PNG")
-    files: dict[str, str] = {}
+    files: dict[str, str] = {}  # by `_mask_key`
     for path in (path for path in listing.paths if path not in refused):
         if twin := files.get(_mask_key(path)):
             refused[twin] = "another file has the same name but for case or Unicode form"
         files[_mask_key(path)] = path
-    return files, refused
-
-
-def mask_names(config: Config, path: str) -> list[str]:
-    """Return the `_mask_key`s that a crop's mask may have, best first: cutouts before masks, data_root before --masks_out.
-
-    `<file name>_mask.png` and COLMAP's `<file name>.png` distinguish crops that differ only in their suffix.
-    """
-    folder, name = class_folder(path, config.splits), path.rsplit("/", 1)[-1]
-    stem = name.rsplit(".", 1)[0]
-    candidates = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
-    candidates += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
-    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
-    return [_mask_key(f"{root}{folder}/{candidate}") for root in roots for candidate in candidates]
+    choices: dict[str, list[str]] = {path: [] for path in (*paths, *unusable)}
+    for path in choices if files else ():
+        folder, name = class_folder(path, config.splits), path.rsplit("/", 1)[-1]
+        stem = name.rsplit(".", 1)[0]
+        names = [f"{CUTOUTS_DIRNAME}/{stem}_cutout", f"{CUTOUTS_DIRNAME}/{stem}"]
+        names += [f"{config.masks_dirname}/{mask}" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
+        keys = [_mask_key(f"{root}{folder}/{mask}.png") for root in roots for mask in names]
+        choices[path] = [files[key] for key in keys if key in files]
+    refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
+    return choices, refused
 
 
 def _mask_key(path: str) -> str:
