@@ -2158,15 +2158,14 @@ class Records:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of a scan: the records to train on, the content of data_report.json, and the health of each file."""
+    """The result of a scan: the records to train on, what the check of their files found, and the content of data_report.json."""
 
     records: Records
     report: dict[str, Any]
     fingerprint: str  # hash of the paths and contents of all usable images
     listing: Listing
-    health: FileHealth  # of the files of `listing`
+    crops: np.ndarray  # (N,) IMAGE_DTYPE, of each record
     memory: FileMemory  # of out_dir; `save` writes the results of the scan
-    mask_health: FileHealth | None = None
 
 
 def scan_dataset(config: Config, splits_path: Path | None = None, squares: SquareFile | None = None) -> Scan:
@@ -2179,19 +2178,19 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     memory = FileMemory(config.out_dir)
     if squares is not None and 3 * squares.side**2 * len(listing.paths) > squares.room:
         squares = None
-    health = check_files(config.data_root, listing.paths, IMAGE_KIND, memory, squares)
-    image_bits = config.image_bits or find_image_bits(health.rows["highest"])
-    deep = np.flatnonzero(health.rows["highest"])  # which is 0 for images of 8 bits
+    check = functools.partial(check_image, squares=squares)
+    rows, reasons = check_files(config.data_root, listing.paths, "image", IMAGE_DTYPE, check, memory)
+    image_bits = config.image_bits or find_image_bits(rows["highest"])
+    deep = np.flatnonzero(rows["highest"])  # which is 0 for images of 8 bits
     if len(deep):  # checked again, now that the bit depth is known
         paths = [listing.paths[index] for index in deep]
-        check = functools.partial(check_image, bits=image_bits)
-        kind = IMAGE_KIND._replace(name=f"{'/'.join(map(str, image_bits))}-bit image", check=check)
-        deep_health = check_files(config.data_root, paths, kind, memory, squares)
-        health.rows[deep] = deep_health.rows
-        health.reasons.update(deep_health.reasons)
-    usable = np.flatnonzero(~health.rows["broken"])
+        name = f"{'/'.join(map(str, image_bits))}-bit image"
+        check = functools.partial(check, bits=image_bits)
+        rows[deep], deep_reasons = check_files(config.data_root, paths, name, IMAGE_DTYPE, check, memory)
+        reasons |= deep_reasons
+    usable = np.flatnonzero(~rows["broken"])
     if not len(usable):
-        path, reason = next(iter(health.reasons.items()))
+        path, reason = next(iter(reasons.items()))
         problem = f"all {len(listing.paths)} images are broken (the first: {path}: {reason})"
         raise UserError(problem, config.describe("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
@@ -2200,9 +2199,9 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     order = sorted(usable, key=lambda i: (label_of[listing.paths[i]], listing.paths[i]))
     paths = [listing.paths[i] for i in order]
     labels = np.array([label_of[path] for path in paths], dtype=np.int32)
-    rows = health.rows[order]
-    near_pairs = find_near_duplicates(rows["phash"], rows["thumb"], config.near_dup_bits)
-    duplicates = {"exact": chain_equal(rows["digest"]), "near": near_pairs}  # exact: the same bytes
+    crops = rows[order]
+    near_pairs = find_near_duplicates(crops["phash"], crops["thumb"], config.near_dup_bits)
+    duplicates = {"exact": chain_equal(crops["digest"]), "near": near_pairs}  # exact: the same bytes
     edges = np.concatenate([chain_equal(group_keys(paths, config.group_regex)), *duplicates.values()])
     groups = find_components(len(paths), edges)
     splits = choose_splits(paths, labels, groups, config)
@@ -2223,7 +2222,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         "class_map": {folder: name for folder, name in class_of.items() if folder != name},
         "image_bits": image_bits,
         "splits": config.splits,
-        **describe_health(listing, health, class_of, config.splits),
+        **describe_health(listing, rows, reasons, class_of, config.splits),
         **describe_duplicates(records, duplicates),
         "leaks_prevented": 0 if folders_are_splits else num_leaks,
     }
@@ -2235,11 +2234,13 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     report["warnings"] += [f"--exclude {glob} matches no file" for glob, count in excluded.items() if not count]
     if len(deep) and image_bits != (16,):
         report["warnings"].append(describe_image_bits(len(deep), image_bits) + " (--image_bits)")
-    unusable = (*dict(listing.problems), *health.reasons)
+    unusable = (*dict(listing.problems), *reasons)
     broken = Counter(class_of.get(listing.class_of(path)) for path in unusable)
     report["classes"], notes = count_classes(used, broken, config)
     report["warnings"] += notes
-    return Scan(used, report, fingerprint(list(paths), rows["digest"]), listing, health, memory)
+    chosen = set(used.paths)
+    used_crops = crops[[path in chosen for path in paths]]
+    return Scan(used, report, fingerprint(list(paths), crops["digest"]), listing, used_crops, memory)
 
 
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
@@ -2249,16 +2250,17 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         listing = list_images(config.data_root, config.masks_dirname, config.splits)
     except OSError as error:
         raise UserError(error.strerror, where, "check the permissions") from error
-    has_images = (config.splits == "random" and listing.ignored[IMAGE_ENTRY] > 0) or "cropped" in listing.all_folders
-    if has_images and {*listing.all_folders} <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
+    folders = set(listing.classes.values())
+    has_images = (config.splits == "random" and listing.ignored[IMAGE_ENTRY] > 0) or "cropped" in folders
+    if has_images and folders <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
         root = config.data_root.resolve()
         parent = root.parent.parent if root.name == "cropped" else root.parent
         remedy = f"give its parent, --data_root {parent}, if it is one\n{DATA_TREE}"
         raise UserError("holds no class folders, and looks like one itself", where, remedy)
-    if not listing.all_folders:
+    if not folders:
         problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
         raise UserError(f"holds {problem}", where, DATA_TREE)
-    class_of = read_class_map(config.class_map, sorted(set(listing.all_folders)))
+    class_of = read_class_map(config.class_map, sorted(folders))
     used, problems, excluded, matched = [], [], [], Counter({glob: 0 for glob in config.exclude})
     is_dropped = {}  # class folder -> whether globs such as `rulers/*` exclude all of it
     for path, reason in (*((path, "") for path in listing.paths), *listing.problems):
@@ -2280,7 +2282,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         raise UserError(problem, where, "check names and permissions of its files and folders")
     if not used:
         ignored = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
-        split_folders = {name.lower() for name in listing.all_folders} & SPLIT_FOLDERS.keys()
+        split_folders = {name.lower() for name in folders} & SPLIT_FOLDERS.keys()
         are_splits = split_folders and listing.ignored[FOLDER_ENTRY]
         hint = "are train, val and test folders of class folders? give --splits from_folders"
         raise UserError(f"holds no images{ignored}", where, hint if are_splits else DATA_TREE)
@@ -2339,9 +2341,10 @@ class Listing:
     """The files of the class folders, before any image is opened."""
 
     paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
-    classes: dict[str, str] = dataclasses.field(default_factory=dict)  # folder of images -> class folder, NFC
+    classes: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # folder of images, also an empty one -> class folder, NFC
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
-    all_folders: list[str] = dataclasses.field(default_factory=list)  # every class folder, also empty ones
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # by `entry_type`, also beside class folders
 
@@ -2415,11 +2418,7 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
             listing.problems.append((prefix, ODD_NAME))
             continue
         prefix += "/cropped" if is_folder(Path(folder.path, "cropped")) else ""
-        class_name = unicodedata.normalize("NFC", folder.name)
-        if not (split_prefix and class_name in listing.all_folders):
-            # Twins by Unicode form stay in twice: describe_health counts them.
-            listing.all_folders.append(class_name)
-        listing.classes[prefix] = class_name
+        listing.classes[prefix] = unicodedata.normalize("NFC", folder.name)
         if subfolders := {*listing.add_folder(data_root, f"{prefix}/")} - {masks_dirname, CUTOUTS_DIRNAME}:
             listing.ignored[FOLDER_ENTRY] += len(subfolders)
     return listing
@@ -2486,11 +2485,13 @@ BIG_IMAGE_LOCK = threading.Lock()
 ODD_NAME = "its name is not UTF-8, or has control characters"
 
 
-def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = ()) -> tuple[np.ndarray, str]:
-    """Return an image's IMAGE_DTYPE row and why it is broken, or ''. `keep` gets the pixels, of a deep image only with `bits`."""
+def check_image(
+    root: Path, path: str, squares: SquareFile | None = None, bits: Sequence[int] = ()
+) -> tuple[np.ndarray, str]:
+    """Return an image's IMAGE_DTYPE row and why it is broken, or ''. `squares` gets the image, a deep one only with `bits`."""
     row = np.zeros((), dtype=IMAGE_DTYPE)
     try:
-        data = read_file(path)
+        data = read_file(root / path)
         row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         with opened_image(data) as image:  # reads the header only
             is_big = image.width * image.height > BIG_PIXELS
@@ -2499,8 +2500,8 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
             with opened_image(data) as image:
                 row["highest"] = highest_value(image, data)
             small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
-            if keep is not None and (bits or not row["highest"]):
-                keep(pixels)
+            if squares is not None and (bits or not row["highest"]):
+                squares.keep_image(path, pixels)
     except ImageError as error:
         row["broken"] = True
         return row, str(error)
@@ -2514,67 +2515,40 @@ def check_image(path: Path, keep: Callable | None = None, bits: Sequence[int] = 
     return row, ""
 
 
-class FileKind(NamedTuple):
-    """A kind of file that the scan checks."""
-
-    name: str
-    dtype: np.dtype
-    # (path, callback for the decoded image or None) -> (row, why the file is broken or '').
-    check: Callable[[Path, Callable[[np.ndarray], None] | None], tuple[np.ndarray, str]]
-
-
-IMAGE_KIND = FileKind("image", IMAGE_DTYPE, check_image)
-
-
-@dataclass(frozen=True)
-class FileHealth:
-    """The results of checking files, one row per file."""
-
-    paths: Sequence[str]
-    stats: np.ndarray  # int64 (N, 2), size in bytes and mtime in ns
-    rows: np.ndarray  # (N,) structured, `FileKind.dtype`
-    reasons: dict[str, str]  # path -> why it is broken
-
-
 def check_files(
-    root: Path, paths: Sequence[str], kind: FileKind, memory: FileMemory, squares: SquareFile | None = None
-) -> FileHealth:
-    """Check every file in parallel, unless the memory knows it with the same size and mtime. `squares` gets the decoded images.
+    root: Path,
+    paths: Sequence[str],
+    name: str,
+    dtype: np.dtype,
+    check: Callable[[Path, str], tuple],
+    memory: FileMemory,
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Check every file in parallel, unless the memory knows it with the same size and mtime. Return rows (N,), reasons by path.
 
-    `paths` are absolute or relative to `root`. The memory learns the results; a check that is interrupted or long also saves it.
+    `check(root, path)` returns a file's row of `dtype` and the reason why it is broken, or ''. `paths` are absolute or relative to
+    `root`. The memory learns the results; a check that is interrupted or long also saves it.
     """
-    row_size, stats = kind.dtype.itemsize, stat_files(root, paths)
-    memory_kind = f"{kind.name}/{row_size} {printable(str(root.resolve()))}"
-    known, stamps = memory.recall(memory_kind), list(map(tuple, stats.tolist()))
-    rows, reasons = np.zeros(len(paths), dtype=kind.dtype), {}
-    todo, recalled = [], {}  # indices, and index -> row as bytes
-    for index, path in enumerate(paths):
+    kind = f"{name}/{dtype.itemsize} {printable(str(root.resolve()))}"
+    known, stamps = memory.recall(kind), list(map(tuple, stat_files(root, paths).tolist()))
+    values = []  # row and reason of each file as bytes; b"" until it is checked
+    for path, stamp in zip(paths, stamps, strict=True):
         num_bytes, mtime_ns, value = known.get(path, (0, 0, b""))
-        if (num_bytes, mtime_ns) != stamps[index] or len(value) < row_size:
-            todo.append(index)
-            continue
-        recalled[index] = value[:row_size]
-        if len(value) > row_size:
-            reasons[path] = value[row_size:].decode("utf-8")
-    rows[list(recalled)] = np.frombuffer(b"".join(recalled.values()), dtype=kind.dtype)
-
-    def check(index: int) -> tuple[np.ndarray, str]:
-        keep = None if squares is None else functools.partial(squares.keep_image, paths[index])
-        return kind.check(root / paths[index], keep)
-
+        values.append(value if (num_bytes, mtime_ns) == stamp else b"")
+    todo = [index for index, value in enumerate(values) if len(value) < dtype.itemsize]
     saved_at = time.monotonic()
-    results = map_in_threads(check, todo)
-    with keep_memory(memory), progress(results, len(todo), f"checking {kind.name}s", kind.name) as bar:
+    results = map_in_threads(lambda index: check(root, paths[index]), todo)
+    with keep_memory(memory), progress(results, len(todo), f"checking {name}s", name) as bar:
         for index, (row, reason) in bar:
-            rows[index] = row
-            if reason:
-                reasons[paths[index]] = reason
+            values[index] = row.tobytes() + reason.encode("utf-8")
             if row["digest"]:  # it could be read: a permission changes neither size nor mtime
-                memory.learn(memory_kind, paths[index], stamps[index], row.tobytes() + reason.encode("utf-8"))
+                memory.learn(kind, paths[index], stamps[index], values[index])
             if time.monotonic() - saved_at > SCAN_SAVE_SECONDS:
                 memory.save_early()
                 saved_at = time.monotonic()
-    return FileHealth(paths, stats, rows, reasons)
+    rows = np.frombuffer(bytearray().join(value[: dtype.itemsize] for value in values), dtype)  # writable
+    pairs = zip(paths, values, strict=True)
+    reasons = {path: value[dtype.itemsize :].decode("utf-8") for path, value in pairs if len(value) > dtype.itemsize}
+    return rows, reasons
 
 
 def stat_files(root: Path, paths: Sequence[str]) -> np.ndarray:
@@ -2984,19 +2958,19 @@ def _group_counts(counts: Any, group: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe_health(
-    listing: Listing, health: FileHealth, class_of: dict[str, str | None], splits: str
+    listing: Listing, rows: np.ndarray, reasons: dict[str, str], class_of: dict[str, str | None], splits: str
 ) -> dict[str, Any]:
     """Return the entries of the data report on single images and folders: quarantine, sizes, modes, orientation, warnings."""
-    rows = health.rows[~health.rows["broken"]]
-    broken = [*listing.problems, *health.reasons.items()]
+    rows = rows[~rows["broken"]]
+    broken = [*listing.problems, *reasons.items()]
     quarantined = [{"path": printable(path), "reason": reason} for path, reason in broken]
     sizes = {}
     for side, measure in itertools.product(("width", "height"), ("min", "median", "max")):
         sizes[f"{side}_{measure}"] = int(getattr(np, measure)(rows[side]))
-    folders, by_case, notes = Counter(listing.all_folders), {}, []
+    folders, by_case, notes = Counter(listing.classes.values()), {}, []
     for name, count in sorted(folders.items()):
         by_case.setdefault(name.casefold(), []).append(name)
-        if count > 1:
+        if count > 1 and splits == "random":  # folders of several splits may have one name
             notes.append(f"{count} folders are all named {name} once their Unicode is normalised: one class")
     for names in by_case.values():
         if (num_classes := len({class_of[name] for name in names} - {None})) > 1:
@@ -3267,26 +3241,19 @@ MASK_DTYPE = np.dtype([("width", "<i4"), ("height", "<i4"), ("area", "<f8"), ("d
 
 
 def attach_masks(scan: Scan, config: Config) -> Scan:
-    """Return the scan with a mask for each record: the first usable one of `mask_names`. Files are checked once, as images are."""
+    """Return the scan with a mask for each record: the first usable one of `find_masks`. Files are checked once, as images are."""
     records, listing = scan.records, scan.listing
-    folders = {class_folder(path, config.splits) for path in (*listing.paths, *listing.excluded)}
-    files, refused = list_mask_files(config, folders)
-    choices: dict[str, list[str]] = {}  # masks by image, broken and excluded images included
-    for path in (*listing.paths, *listing.excluded, *dict(listing.problems)) if files else ():
-        choices[path] = [files[key] for key in mask_names(config, path) if key in files]
-    refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
-    crops = dict(zip(listing.paths, scan.health.rows, strict=True))
-    for path in records.paths:
-        choices.setdefault(path, [])
-        if str(crops[path]["mode"]) in ("RGBA", "LA", "PA"):
+    choices, refused = find_masks(config, (*listing.paths, *listing.excluded), tuple(dict(listing.problems)))
+    for path, mode in zip(records.paths, scan.crops["mode"].tolist(), strict=True):
+        if mode in ("RGBA", "LA", "PA"):
             choices[path].append(path)
     paths = sorted({mask for path in records.paths for mask in choices[path]})
-    check = functools.partial(check_mask, config.masks_dirname)
-    kind = FileKind(f"{config.masks_dirname}/ object mask", MASK_DTYPE, check)
-    health = check_files(config.data_root, paths, kind, scan.memory)
-    mask_rows, masks = dict(zip(paths, health.rows, strict=True)), []
-    for path in records.paths:
-        reasons = {mask: health.reasons.get(mask) or _misfit(mask_rows[mask], crops[path]) for mask in choices[path]}
+    check = functools.partial(check_mask, masks_dirname=config.masks_dirname)
+    name = f"{config.masks_dirname}/ object mask"
+    rows, broken = check_files(config.data_root, paths, name, MASK_DTYPE, check, scan.memory)
+    mask_rows, masks = dict(zip(paths, rows, strict=True)), []
+    for path, crop in zip(records.paths, scan.crops, strict=True):
+        reasons = {mask: broken.get(mask) or _misfit(mask_rows[mask], crop) for mask in choices[path]}
         refused |= {mask: reason for mask, reason in reasons.items() if reason and mask != path}
         masks.append(next((mask for mask, reason in reasons.items() if not reason), ""))
     mask_log, kinds, not_made = read_mask_log(config.out_dir), Counter(), []
@@ -3313,48 +3280,51 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
     digests = {path: mask_rows[path]["digest"] for path in masks if path}
     masks_hash = fingerprint(digests) if digests else ""
     records = dataclasses.replace(records, masks=np.array(masks, dtype=STRINGS), masks_hash=masks_hash)
-    return dataclasses.replace(scan, records=records, report=report, mask_health=health)
+    return dataclasses.replace(scan, records=records, report=report)
 
 
-def list_mask_files(config: Config, folders: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """List `cutouts/` and the masks folder of each class folder: PNG files by `_mask_key`, and the reason for refusal by path."""
-    listing = Listing()
+def find_masks(
+    config: Config, paths: Sequence[str], unusable: Sequence[str] = ()
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return the mask files of each image, best first, and by path why other files of `cutouts/` and the masks folder are refused.
+
+    Cutouts come before masks, data_root before --masks_out. `<file name>_mask.png` and COLMAP's `<file name>.png` distinguish crops
+    that differ only in their suffix. The folders are those of `paths`; masks of `unusable` images in them are not refused.
+    """
     roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
-    for root, folder, dirname in itertools.product(roots, sorted(folders), (CUTOUTS_DIRNAME, config.masks_dirname)):
+    folders = sorted({class_folder(path, config.splits) for path in paths})
+    listing = Listing()
+    for root, folder, dirname in itertools.product(roots, folders, (CUTOUTS_DIRNAME, config.masks_dirname)):
         if is_folder(config.data_root / f"{root}{folder}/{dirname}"):
             listing.add_folder(config.data_root, f"{root}{folder}/{dirname}/")
     non_png = [path for path in listing.paths if not path.lower().endswith(".png")]
     refused = dict(listing.problems) | dict.fromkeys(non_png, "is no PNG")
-    files: dict[str, str] = {}
+    files: dict[str, str] = {}  # by `_mask_key`
     for path in (path for path in listing.paths if path not in refused):
         if twin := files.get(_mask_key(path)):
             refused[twin] = "another file has the same name but for case or Unicode form"
         files[_mask_key(path)] = path
-    return files, refused
-
-
-def mask_names(config: Config, path: str) -> list[str]:
-    """Return the `_mask_key`s that a crop's mask may have, best first: cutouts before masks, data_root before --masks_out.
-
-    `<file name>_mask.png` and COLMAP's `<file name>.png` distinguish crops that differ only in their suffix.
-    """
-    folder, name = class_folder(path, config.splits), path.rsplit("/", 1)[-1]
-    stem = name.rsplit(".", 1)[0]
-    candidates = [f"{CUTOUTS_DIRNAME}/{stem}_cutout.png", f"{CUTOUTS_DIRNAME}/{stem}.png"]
-    candidates += [f"{config.masks_dirname}/{mask}.png" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
-    roots = ["", f"{config.masks_out.absolute()}/"] if config.masks_out else [""]
-    return [_mask_key(f"{root}{folder}/{candidate}") for root in roots for candidate in candidates]
+    choices: dict[str, list[str]] = {path: [] for path in (*paths, *unusable)}
+    for path in choices if files else ():
+        folder, name = class_folder(path, config.splits), path.rsplit("/", 1)[-1]
+        stem = name.rsplit(".", 1)[0]
+        names = [f"{CUTOUTS_DIRNAME}/{stem}_cutout", f"{CUTOUTS_DIRNAME}/{stem}"]
+        names += [f"{config.masks_dirname}/{mask}" for mask in (f"{name}_mask", name, f"{stem}_mask", stem)]
+        keys = [_mask_key(f"{root}{folder}/{mask}.png") for root in roots for mask in names]
+        choices[path] = [files[key] for key in keys if key in files]
+    refused |= dict.fromkeys(set(files.values()).difference(*choices.values()), "has no image")
+    return choices, refused
 
 
 def _mask_key(path: str) -> str:
     return unicodedata.normalize("NFC", path[:-4] + path[-4:].lower())
 
 
-def check_mask(masks_dirname: str, path: Path, _: Any = None) -> tuple[np.ndarray, str]:
+def check_mask(root: Path, path: str, masks_dirname: str) -> tuple[np.ndarray, str]:
     """Decode one mask; return its MASK_DTYPE row, and the reason why it cannot be used or ''."""
     row = np.zeros((), dtype=MASK_DTYPE)
     try:
-        data = read_file(path)
+        data = read_file(root / path)
         row["digest"] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         mask = decode_mask(data, is_alpha_file(path, masks_dirname))
     except ImageError as error:
@@ -3400,7 +3370,7 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
     if not mask_path:
         return image, None, ""
     try:
-        mask = load_mask(records.root / mask_path, is_alpha_file(mask_path, records.masks_dirname))
+        mask = decode_mask(read_file(records.root / mask_path), is_alpha_file(mask_path, records.masks_dirname))
     except ImageError as error:
         return image, None, str(error)
     if mask.shape != image.shape[:2]:
@@ -3409,13 +3379,8 @@ def load_crop(records: Records, row: int, view: int) -> tuple[np.ndarray, np.nda
     return image, mask.view(np.uint8) * 255, ""
 
 
-def load_mask(path: str | Path, is_alpha: bool) -> np.ndarray:
-    """Read a mask, or the alpha channel of a cutout, as bool (H, W): True is object. Raises ImageError with the reason."""
-    return decode_mask(read_file(path), is_alpha)
-
-
 def decode_mask(data: bytes, is_alpha: bool) -> np.ndarray:
-    """Decode a mask file, or the alpha channel of a cutout, as bool (H, W), EXIF orientation applied. Raises ImageError.
+    """Decode a mask file, or the alpha channel of a cutout, as upright bool (H, W): True is object. Raises ImageError.
 
     Pixels above MASK_LEVEL are the object. Where they do not separate anything, the object is the opaque pixels or, in a file with
     only 0 and one other value, the non-zero pixels.
@@ -3754,9 +3719,7 @@ def given_normalization(config: Config) -> tuple[tuple[float, ...], ...]:
 def check_transforms_fit(scan: Scan, config: Config) -> list[str]:
     """Try the lists of transforms on the crops of extreme size before training; return warnings. Raises UserError."""
     lists, records, is_random = given_lists(config), scan.records, False
-    index = {path: row for row, path in enumerate(scan.listing.paths)}
-    crops = scan.health.rows[[index[path] for path in records.paths]]
-    width, height = crops["width"].astype(float), crops["height"].astype(float)
+    width, height = scan.crops["width"].astype(float), scan.crops["height"].astype(float)
     extremes = {int(size.argmin()) for size in (width, height, width * height, width / height, height / width)}
     for path in records.paths[sorted(extremes)] if lists else ():
         with contextlib.suppress(ImageError):  # a file removed since the scan
@@ -3803,7 +3766,7 @@ def build_transform(
     steps = {}
     for name, entries in lists.items():
         entries = [entry for entry in entries if entry.kind not in DEVICE_TRANSFORMS]  # the device normalises
-        built = (_build_policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
+        built = (Policy(e) if e.kind in POLICIES else A.Compose([_build_transform(e)]) for e in entries)
         steps[name] = tuple(built)
     chosen = "train_augmentations" if augment else "val_augmentations"
     colours = None
@@ -3823,31 +3786,26 @@ def build_transform(
     return Transform(img_size, fill, colours, augment, pre_steps, steps.get(chosen), post_steps, shows_mask)
 
 
-def _build_policy(entry: ListEntry) -> Policy:
-    from torchvision.transforms import v2
-
-    policy_class, arguments = getattr(v2, POLICIES[entry.kind]), dict(entry.arguments)
-    probability = arguments.pop("p", 1.0)
-    if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
-        raise UserError(f"{probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
-    _check_arguments(entry.where, policy_class, arguments)
-    policy = _construct(entry.where, policy_class, {"fill": [PADDING_GRAY] * 3, **arguments})
-    bins, magnitude = policy.num_magnitude_bins, getattr(policy, "magnitude", 0)
-    if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
-        remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
-        raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
-    return Policy(entry.kind, policy, probability)
-
-
 class Policy:
     """torchvision's RandAugment (arXiv:1909.13719) or TrivialAugment (arXiv:2103.10158) as a step of `Transform._apply`.
 
-    It is applied with `probability`; its moves also move the mask, which torchvision refuses.
+    It is applied with the probability `p` of its entry; its moves also move the mask, which torchvision refuses.
     """
 
-    def __init__(self, kind: str, policy: nn.Module, probability: float) -> None:
-        self.kind = kind  # name in error messages
-        self._policy, self._probability = policy, probability
+    def __init__(self, entry: ListEntry) -> None:
+        from torchvision.transforms import v2
+
+        self.kind = entry.kind  # name in error messages
+        arguments = {"fill": [PADDING_GRAY] * 3, **entry.arguments}
+        self._probability = arguments.pop("p", 1.0)
+        if not isinstance(self._probability, (int, float)) or not 0 <= self._probability <= 1:
+            raise UserError(f"{self._probability} is no probability", f"{entry.where}.p", "give a number from 0 to 1")
+        policy = _construct(entry.where, getattr(v2, POLICIES[entry.kind]), arguments)
+        bins, magnitude = policy.num_magnitude_bins, getattr(policy, "magnitude", 0)
+        if not (isinstance(bins, int) and isinstance(magnitude, int) and bins > 1 and 0 <= magnitude < bins):
+            remedy = "give a whole number from 0 to num_magnitude_bins - 1, and two bins or more"
+            raise UserError(f"magnitude {magnitude} is none of {bins} bins", entry.where, remedy)
+        self._policy = policy
         policy._apply_image_or_video_transform = self._apply_operation
 
     def set_random_state(self, rng: np.random.Generator, _: random.Random) -> None:
@@ -3904,7 +3862,6 @@ def _build_transform(entry: ListEntry) -> Any:
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r"(cv2\.)?(INTER|BORDER)_[A-Z0-9_]+", value):
             arguments[key] = getattr(cv2, value.removeprefix("cv2."), value)
-    _check_arguments(where, transform, arguments)
     if isinstance(arguments.get("transforms"), list):
         inner = _read_entries(f"{where}.transforms", arguments["transforms"])
         arguments["transforms"] = [_build_transform(item) for item in inner]
@@ -3912,15 +3869,6 @@ def _build_transform(entry: ListEntry) -> Any:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*(special case|specialized|an alias|very slow)")  # only advice
         return _construct(where, transform, arguments)
-
-
-def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
-    parameters = inspect.signature(transform).parameters
-    for key in (key for key in arguments if key not in parameters):
-        remedy = did_you_mean(str(key), parameters, f"it has {', '.join(parameters)}")
-        for new in (new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in parameters):
-            remedy = f"write {new}: [low, high]"
-        raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
 
 
 def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
@@ -3937,6 +3885,7 @@ def _read_entries(where: str, entries: Iterable[Any]) -> list[ListEntry]:
 
 
 def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> Any:
+    _check_arguments(where, transform, arguments)
     try:
         return transform(**arguments)
     except Exception as error:  # libraries raise any type; albumentations wraps pydantic's errors
@@ -3947,10 +3896,13 @@ def _construct(where: str, transform: Callable, arguments: dict[str, Any]) -> An
         raise UserError(problem, place, f"see {transform.__name__} in the documentation of its library") from error
 
 
-def augmentation_share(config: Config, epoch: int) -> float:
-    """Return the share of samples that epoch e, from 0, augments: p(e) = start + (end - start) (e / (E - 1))^exponent."""
-    progress = min(1.0, epoch / max(1, config.epochs - 1))
-    return config.aug_start_p + (config.aug_end_p - config.aug_start_p) * progress**config.aug_exponent
+def _check_arguments(where: str, transform: Callable, arguments: dict[str, Any]) -> None:
+    parameters = inspect.signature(transform).parameters
+    for key in (key for key in arguments if key not in parameters):
+        remedy = did_you_mean(str(key), parameters, f"it has {', '.join(parameters)}")
+        for new in (new for new, pair in RANGE_ARGUMENTS.items() if key in pair and new in parameters):
+            remedy = f"write {new}: [low, high]"
+        raise UserError(f"is no argument of {transform.__name__}", f"{where}.{key}", remedy)
 
 
 # Backgrounds: pictures on which crops are pasted before they are transformed. Each is checked once, like the data set's images.
@@ -3958,7 +3910,7 @@ def augmentation_share(config: Config, epoch: int) -> float:
 class Backgrounds:
     """Pictures on which training pastes crops."""
 
-    health: FileHealth  # of all pictures in the folder
+    reasons: dict[str, str]  # path of a picture in the folder -> why it cannot be used
     root: Path
     paths: np.ndarray  # STRINGS; usable pictures, relative to root
     identity: str  # must be equal for a run to resume
@@ -4010,7 +3962,7 @@ class Backgrounds:
 
     def describe(self) -> str:
         """Return lines for the log: the number of usable pictures, and up to ten that cannot be used."""
-        unused = [f"warning: not used as a background: {path}: {why}" for path, why in self.health.reasons.items()]
+        unused = [f"warning: not used as a background: {path}: {why}" for path, why in self.reasons.items()]
         more = [f"  ... and {len(unused) - 10} more"] if len(unused) > 10 else []
         return "\n".join([f"backgrounds: {len(self.paths):,} pictures in {self.root}", *unused[:10], *more])
 
@@ -4020,18 +3972,18 @@ def scan_backgrounds(config: Config, memory: FileMemory) -> Backgrounds | None:
     if not config.insert_background_p:
         return None
     root, tree = config.backgrounds, list_image_tree(config.backgrounds)
-    health = check_files(root, tree.paths, IMAGE_KIND._replace(name="background"), memory)
-    health = dataclasses.replace(health, reasons=health.reasons | dict(tree.problems))
-    usable = np.flatnonzero(~health.rows["broken"])
+    rows, reasons = check_files(root, tree.paths, "background", IMAGE_DTYPE, check_image, memory)
+    reasons |= dict(tree.problems)
+    usable = np.flatnonzero(~rows["broken"])
     if not len(usable):
-        reason = next((f": {path} {reason}" for path, reason in health.reasons.items()), ", for it has no images")
+        reason = next((f": {path} {reason}" for path, reason in reasons.items()), ", for it has no images")
         where, remedy = f"{config.place('backgrounds')} {root}", f"give a folder with {' '.join(IMAGE_SUFFIXES)} files"
         raise UserError(f"holds no picture that can be used{reason}", where, remedy)
     paths = np.array(tree.paths, dtype=STRINGS)[usable]
     share, max_ratio = config.insert_background_p, config.background_max_ratio
-    identity = f"{len(paths)} pictures of contents {fingerprint(list(paths), health.rows['digest'][usable])}"
+    identity = f"{len(paths)} pictures of contents {fingerprint(list(paths), rows['digest'][usable])}"
     identity += f", p {share}, max_ratio {max_ratio}"
-    return Backgrounds(health, root, paths, identity, share, max_ratio, max_side=2 * config.img_size)
+    return Backgrounds(reasons, root, paths, identity, share, max_ratio, max_side=2 * config.img_size)
 
 
 # Mixing of the images of a batch, on the device. The draws are a function of seed, epoch and batch number.
@@ -4279,15 +4231,18 @@ class EpochSampler(Sampler):
         rows = self.rows if self.per_class is None else self._balanced_rows()
         rows = rows[np.random.default_rng((self.seed, 1, self.epoch)).permutation(len(rows))]
         views = np.random.default_rng((self.seed, 6, self.epoch)).random(len(rows)) < self.masked_share
-        share = augmentation_share(self.config, self.epoch)
+        # Epoch e, from 0, augments a share of its samples: p(e) = start + (end - start) (e / (E - 1))^exponent.
+        done = min(1.0, self.epoch / max(1, self.config.epochs - 1))
+        growth = self.config.aug_end_p - self.config.aug_start_p
+        share = self.config.aug_start_p + growth * done**self.config.aug_exponent
         augmented = np.random.default_rng((self.seed, 8, self.epoch)).random(len(rows)) < share
-        repetitions: Counter[int] = Counter()
+        repetitions: Counter[int] = Counter()  # earlier showings of an image in the epoch
         for number, (start, stop) in enumerate(itertools.pairwise(batch_borders(len(rows), self.batch))):
             keys = []
             drawn = zip(*(values[start:stop].tolist() for values in (rows, views, augmented)), strict=True)
             for row, view, is_augmented in drawn:
-                words = sample_entropy(self.seed, self.epoch, row, repetitions[row])
-                keys.append(SampleKey(row, words, int(view), self.epoch + repetitions[row], is_augmented))
+                entropy = (self.seed, 3, self.epoch, row, repetitions[row])
+                keys.append(SampleKey(row, entropy, int(view), self.epoch + repetitions[row], is_augmented))
                 repetitions[row] += 1
             if number >= self.first_batch:
                 yield keys[len(keys) * self.rank // self.world_size : len(keys) * (self.rank + 1) // self.world_size]
@@ -4312,11 +4267,6 @@ def batch_borders(num_samples: int, batch: int) -> list[int]:
     if len(borders) > 2 and borders[-1] - borders[-2] == 1:
         del borders[-2]
     return borders
-
-
-def sample_entropy(seed: int, epoch: int, row: int, repetition: int = 0) -> tuple[int, ...]:
-    """Return the entropy of a sample's augmentation; `repetition` counts earlier showings of the image in the epoch."""
-    return seed, 3, epoch, row, repetition
 
 
 def make_loader(dataset: CropDataset, batches: Any, config: Config | RunOptions, runtime: Runtime) -> DataLoader:
@@ -7728,7 +7678,7 @@ class ViewCache:
         extract = make_extractor(self._backbone, job.info, job.runtime)
         for view in range(first // num_images, num_views):
             keys = [
-                SampleKey(row, sample_entropy(job.config.seed, view, row), int(is_masked))
+                SampleKey(row, (job.config.seed, 3, view, row, 0), int(is_masked))
                 for row, is_masked in zip(self._rows.tolist(), self._is_masked[view + 1].tolist(), strict=True)
             ]
             batches = cut_batches(keys[max(0, first - view * num_images) :], job.config.batch)

@@ -201,7 +201,11 @@ def test_the_share_of_augmented_samples_follows_its_formula(
     start: float, end: float, exponent: float, epochs: int, expected: list[float]
 ) -> None:
     config = lct.Config(aug_start_p=start, aug_end_p=end, aug_exponent=exponent, epochs=epochs)
-    assert [lct.augmentation_share(config, epoch) for epoch in range(epochs)] == pytest.approx(expected, abs=1e-12)
+    sampler = lct.EpochSampler(np.arange(10_000), np.zeros(10_000, int), config)
+    for epoch, share in enumerate(expected):
+        sampler.start_at(epoch, 0)
+        is_augmented = np.random.default_rng((config.seed, 8, epoch)).random(10_000) < share
+        assert [key.augmented for batch in sampler for key in batch] == is_augmented.tolist()
 
 
 def test_the_schedule_gates_samples_and_reaches_workers_that_persist(masked_data: Path) -> None:

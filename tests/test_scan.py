@@ -233,7 +233,7 @@ def test_float_tiff_is_scaled_by_its_range(top, factor):
 @pytest.mark.parametrize("value", [-5, 65_536])
 def test_gray_beyond_sixteen_bits_is_broken(value, tmp_path):
     Image.fromarray(np.full((8, 8), value, np.int32)).save(tmp_path / "a.tif")
-    assert lct.check_image(tmp_path / "a.tif")[1] == "has values outside 0 to 65,535"
+    assert lct.check_image(tmp_path, "a.tif")[1] == "has values outside 0 to 65,535"
 
 
 def test_float_tiff_with_nan_is_broken():
@@ -363,11 +363,8 @@ def scanned(tmp_path, call_main, capsys):
 
 @pytest.fixture
 def opened(patch_used):
-    """Names of the files that `check_image` is called with from here on."""
-    names, real = [], lct.check_image
-    counting = lct.IMAGE_KIND._replace(check=lambda path, keep: (names.append(path.name), real(path, keep))[1])
-    patch_used(lct, "IMAGE_KIND", counting)
-    return names
+    """Calls of `check_image` from here on: (root, path)."""
+    return patch_used(lct, "check_image").calls
 
 
 def test_scan_writes_report_and_memory_and_prints_a_table(scanned, call_main, capsys):
@@ -386,7 +383,7 @@ def test_a_second_scan_opens_nothing_and_finds_the_same(scanned, opened):
     assert opened == []
     os.utime(root / "b/0002.png", ns=(1, 1))
     again()
-    assert opened == ["0002.png"], "what is opened is noted"
+    assert opened == [(root, "b/0002.png")], "what is opened is noted"
 
 
 def test_changed_touched_and_new_files_are_looked_at_again(scanned, opened):
@@ -396,7 +393,7 @@ def test_changed_touched_and_new_files_are_looked_at_again(scanned, opened):
     (root / "b/new.png").write_bytes(b"")
     (root / "b/0001.png").unlink()
     report = again()
-    assert sorted(opened) == ["0000.png", "bad.png", "new.png"]
+    assert sorted(path for _, path in opened) == ["a/0000.png", "a/bad.png", "b/new.png"]
     assert [item["path"] for item in report["quarantined"]] == ["b/new.png"]
     assert report["num_usable"] == 8
 
@@ -811,7 +808,7 @@ def test_images_of_more_bits_are_scaled_by_those_of_the_data_set(bits: int, name
         image, expected = lct.load_crop(found.records, index, 0)[0], shades(index, top, DEEP[name]) * 255
         assert np.abs(image - (expected[:, :, None] if expected.ndim == 2 else expected)).max() <= 1
     assert any("--image_bits" in text for text in found.report["warnings"]) == (bits != 16)
-    assert len(set(found.health.rows["phash"].tolist())) == 3
+    assert len(set(found.crops["phash"].tolist())) == 3
     forced = lct.scan_dataset(dataclasses.replace(config, image_bits=(16,))).records
     assert abs(int(lct.load_crop(forced, 0, 0)[0].max()) - 255 * 2**bits / 2**16) <= 1
 

@@ -150,18 +150,16 @@ def test_plain_and_masked_have_squares_of_their_own_and_only_what_is_shown_has_o
     assert masked.has(masked=False) == masked.rows("train", masked=False)
 
 
-def test_a_crop_whose_mask_is_lost_is_not_stored_without_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_mask = lct.load_mask
-    lost = str(sorted(data.rglob("*_mask.png"))[3])
+def test_a_crop_whose_mask_is_lost_is_not_stored_without_it(data: Path, patch_used: Callable) -> None:
+    lost, open_store = sorted(data.rglob("*_mask.png"))[3], lct.open_store
 
-    def read(path: Path, is_alpha: bool) -> np.ndarray:
-        if str(path) == lost:
-            raise lct.ImageError("gone")
-        return load_mask(path, is_alpha)
+    def lose_and_open(*arguments: Any) -> Any:
+        lost.unlink()
+        return open_store(*arguments)
 
-    monkeypatch.setattr(lct, "load_mask", read)
+    patch_used(lct, "open_store", lose_and_open)
     run = Run(data, crop_mode="mask", val_split=0.02, test_split=0.02)
-    (row,) = (row for row in run.rows("train", masked=True) if str(data / run.records.masks[row]) == lost)
+    (row,) = (row for row in run.rows("train", masked=True) if data / run.records.masks[row] == lost)
     assert run.has(masked=True) == [other for other in run.rows("train", masked=True) if other != row]
     image, _, reason = run.job.training_crops()[lct.SampleKey(row, (1,), 1)]
     assert image is not None and "its mask cannot be read any more" in reason

@@ -120,7 +120,7 @@ def test_the_mask_of_a_policy_is_the_mask_of_what_has_moved(kind: str) -> None:
     """A picture of the mask itself: wherever only its place has changed, mask and picture are still the same."""
     mask = np.zeros((60, 80), np.uint8)
     mask[20:50, 10:35], mask[5:15, 50:70] = 255, 255
-    policy, rng, moved = lct._build_policy(lct.ListEntry("", kind, kind, {"fill": 0})), np.random.default_rng(0), 0
+    policy, rng, moved = lct.Policy(lct.ListEntry("", kind, kind, {"fill": 0})), np.random.default_rng(0), 0
     policy.set_random_state(rng, lct.random.Random(0))
     for _ in range(60):
         found = policy(image=np.dstack([mask] * 3), mask=mask)

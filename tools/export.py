@@ -283,8 +283,8 @@ def load_references(run: lct.TrainedRun, data_root: Path) -> References:
     positions = [usable[index] for index in np.linspace(0, len(usable) - 1, count).astype(int)]
     config = dataclasses.replace(run.config, data_root=data_root)
     paths = [gallery.stack_paths[position] for position in positions]
-    files, _ = lct.list_mask_files(config, {lct.class_folder(path, config.splits) for path in paths})
-    masks = [next((files[key] for key in lct.mask_names(config, path) if key in files), path) for path in paths]
+    choices, _ = lct.find_masks(config, paths)
+    masks = [next(iter(choices[path]), path) for path in paths]
     tables = [np.array(column, dtype=lct.STRINGS) for column in (paths, masks)]
     zeros = np.zeros(len(paths), np.int32)
     records = lct.Records(

@@ -65,7 +65,7 @@ class Subject:
     def _embed(self, number: int) -> dict[torch.dtype, np.ndarray]:
         transform = lct.build_transform(self.config.img_size, number > 0)
         dataset = lct.CropDataset(self.records, transform)
-        keys = [lct.SampleKey(row, lct.sample_entropy(0, number, row), 0) for row in range(len(self.records.paths))]
+        keys = [lct.SampleKey(row, (0, 3, number, row, 0), 0) for row in range(len(self.records.paths))]
         found = {dtype: [] for dtype in self.dtypes}
         with torch.inference_mode():
             for batch in lct.make_loader(dataset, lct.cut_batches(keys, 64), self.config, CPU):

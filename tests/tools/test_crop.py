@@ -246,10 +246,10 @@ def test_every_format_gives_the_same_crops(name: str, photos: Path, tmp_path: Pa
         assert jpeg == encode_jpeg(image[y : y + h, x : x + w])
         assert record["sha256"] == crop.hash_bytes(jpeg)
         if name in ("coco_rle", "cvat_masks", "labelme_masks"):
-            mask = lct.load_mask(out / record["mask"], is_alpha=False)
+            mask = lct.decode_mask(lct.read_file(out / record["mask"]), is_alpha=False)
             assert (mask == draw_mask((x, y, w, h))).all()
     listing = lct.list_images(out)
-    assert set(listing.all_folders) == set(NAMES) and len(listing.paths) == 5 and not listing.problems
+    assert set(listing.classes.values()) == set(NAMES) and len(listing.paths) == 5 and not listing.problems
 
 
 def test_labelme_files_lie_beside_the_photos_or_alone(photos: Path, tmp_path: Path, call_main: Any) -> None:
@@ -298,7 +298,7 @@ def test_crops_are_those_of_prelabel_bit_by_bit(padding: float, tmp_path: Path, 
         written = np.asarray(Image.open(io.BytesIO(encode_jpeg(pixels))))
         assert np.abs(written.astype(int) - pixels).mean() < 3
         if record["mask"]:
-            assert (lct.load_mask(out / record["mask"], is_alpha=False) == (mask > 127)).all()
+            assert (lct.decode_mask(lct.read_file(out / record["mask"]), is_alpha=False) == (mask > 127)).all()
     assert [bool(record["mask"]) for record in records] == [False, False, True]
 
 
@@ -653,7 +653,7 @@ def test_unknown_classes_lie_beside_the_data(photos: Path, tmp_path: Path, call_
     text = capsys.readouterr().out
     assert "warning: --unknown 'no such': no object is of such a class" in text
     assert text.strip().endswith(f"--unknown_dir {tmp_path / 'data_unknown'}")
-    assert set(lct.list_images(out).all_folders) == {"hammer", "ключ"}
+    assert set(lct.list_images(out).classes.values()) == {"hammer", "ключ"}
     assert lct.list_image_tree(tmp_path / "data_unknown").paths == ["pliers/bench__b 12_2.jpg"]
     assert call_main(*command(photos, source, out)) == 0
     assert "0 added, 0 removed, 1 moved" in capsys.readouterr().out

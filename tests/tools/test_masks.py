@@ -153,7 +153,8 @@ def test_masks_are_those_that_sam2_itself_draws_on_the_crop(
     assert outcome["score"] == pytest.approx(scores[best], abs=0.01) and outcome["area"] == pytest.approx(
         written.mean()
     )
-    assert np.array_equal(lct.load_mask(config.data_root / "hammer/masks/0000.png", is_alpha=False), written)
+    drawn = lct.read_file(config.data_root / "hammer/masks/0000.png")
+    assert np.array_equal(lct.decode_mask(drawn, is_alpha=False), written)
 
 
 def test_every_attempt_is_recorded(config: masks.MaskOptions, asked: list[bytes]) -> None:
