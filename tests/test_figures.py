@@ -21,7 +21,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import HARD_RUN, HARD_RUNS, draw_confusable, run_cli
+from conftest import HARD_RUN, HARD_RUNS, draw_confusable
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta
@@ -931,7 +931,9 @@ def test_a_best_checkpoint_that_is_gone_is_found_again_among_those_of_its_own_ep
     np.testing.assert_array_equal(Run(tmp_path / "run").gallery["stacks"], run.gallery["stacks"])
 
 
-def test_the_review_page_begins_with_the_least_certain_answers(runs: Callable[[str], Run], tmp_path: Path) -> None:
+def test_the_review_page_begins_with_the_least_certain_answers(
+    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable[..., int]
+) -> None:
     """An answer may become another, or `unknown`; what is unknown can only become known."""
     run, out = runs("tuned"), tmp_path / "out"
     (tmp_path / "images").mkdir()
@@ -939,8 +941,7 @@ def test_the_review_page_begins_with_the_least_certain_answers(runs: Callable[[s
     for number, path in enumerate([*crops, *Path(run.options["unknown_dir"]).rglob("*.png")]):
         shutil.copy(path, tmp_path / "images" / f"{number:03d}.png")
     command = ("prelabel", "--run", run.folder, "--images", tmp_path / "images", "--out", out, "--formats", "csv")
-    done = run_cli(*command, "--gpus", 0, "--workers", 0)
-    assert done.returncode == 0, done.stderr
+    assert call_main(*command, "--gpus", 0, "--workers", 0) == 0
     with open(out / "objects.csv", encoding="utf-8", newline="") as file:
         rows = [{key: float(row[key]) for key in ("cosine", "threshold", "margin")} for row in csv.DictReader(file)]
     doubts = [

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,10 +243,19 @@ def test_the_whole_demo_ends_with_labels_and_continues(
     assert (labels / "workbench.jpg").read_bytes() == picture and (labels / "objects.csv").exists()
 
 
-def test_what_training_refuses_ends_the_demo_with_its_message_and_code(tmp_path: Path) -> None:
-    done = run_cli(*QUICK, "--epocs", "2", cwd=tmp_path)
+@pytest.fixture
+def drawn(root: Path, bench: Path, tmp_path: Path) -> Path:
+    """A folder in which the demo finds everything drawn."""
+    shutil.copytree(root, tmp_path / "demo" / "data")
+    shutil.copytree(bench, tmp_path / "demo" / "workbench")
+    drawn_scenes.draw_unknown_objects(tmp_path / "demo" / "unknown", 2, seed=3)
+    return tmp_path
+
+
+def test_what_training_refuses_ends_the_demo_with_its_message_and_code(drawn: Path) -> None:
+    done = run_cli(*QUICK, "--epocs", "2", cwd=drawn)
     assert done.returncode == 2 and "--epocs" in done.stderr and "--epochs" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "demo" / "prelabels").exists()
+    assert "Traceback" not in done.stderr and not (drawn / "demo" / "prelabels").exists()
 
 
 def test_a_place_that_cannot_be_written_ends_the_demo_with_one_sentence(tmp_path: Path) -> None:
@@ -269,8 +279,10 @@ def test_two_demos_at_once_draw_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("until", ["drawing", "epoch   1"])
-def test_a_signal_reaches_what_is_running(tmp_path: Path, until: str) -> None:
+def test_a_signal_reaches_what_is_running(tmp_path: Path, until: str, request: pytest.FixtureRequest) -> None:
     """A scheduler sends it to the demo alone: training saves and ends as if it had been asked itself."""
+    if until != "drawing":
+        request.getfixturevalue("drawn")
     words = [sys.executable, REPO / "tools" / "demo.py", "--images_per_class", "6", "--epochs", "90", "--gpus", "0"]
     with open(tmp_path / "said.txt", "w") as said:
         process = subprocess.Popen(list(map(str, words)), cwd=tmp_path, stdout=said, stderr=said)

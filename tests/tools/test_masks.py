@@ -791,10 +791,16 @@ def test_where_no_mask_is_missing_nothing_needs_sam2(
 
 
 def test_training_draws_missing_masks_first(
-    config: masks.MaskOptions, two_missing: Path, confident_ckpt: Path, call_main: Callable, tmp_path: Path
-) -> None:
+    config: masks.MaskOptions, two_missing: Path, confident_ckpt: Path, call_main: Callable, tmp_path: Path,
+    patch_used: Callable,
+) -> None:  # fmt: skip
     """Beside the crops; then one that is missing again goes to --masks_out, and the new run knows what was tried."""
     config = dataclasses.replace(config, sam2_ckpt=confident_ckpt)
+
+    def run_here(command: str, argv: list[str]) -> None:
+        assert call_main(command, *argv) == 0
+
+    patch_used(lct, "run_tool", run_here)  # imports of another interpreter take longer than the drawing
     # All crops are trained on but those of val: what is drawn must be among the references.
     flags = ("--crop_mode", "mask", "--auto_generate_masks", "--test_split", "0", *missing_flags(config, two_missing))
     written = b""

@@ -49,7 +49,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# Most of the time of a tiny training goes into its 20 pictures an evaluation and the meshes of 64 samples at its end.
+FEW_PICTURES = {"SHEET_SIDE": 12, "JUDGED_SAMPLES": 4}
+
+
 def train(toys: Path, *flags: object) -> int:
+    """Train a tiny generator, with small pictures and few samples judged."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FEW_PICTURES.items():
+            patch.setattr(modelit, name, value)
+        return train_whole(toys, *flags)
+
+
+def train_whole(toys: Path, *flags: object) -> int:
     return run_main("modelit", "--mode", "train", "--dataset", toys, *TINY, "--epochs", 4, *flags)
 
 
@@ -59,7 +71,7 @@ def trained(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert train(toys, "--epochs", 40, "--hidden_channels", 8, "--kl_warmup_epochs", 2) == 0
+        assert train_whole(toys, "--epochs", 40, "--hidden_channels", 8, "--kl_warmup_epochs", 2) == 0
     return folder
 
 
@@ -558,7 +570,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     def start(folder: Path, *plans: dict) -> tuple[int, str]:
         folder.mkdir(exist_ok=True)
         paths = ("--checkpoint", folder / "gan.pth", "--out_dir", folder / "rez", "--download_path", folder)
-        return nursery.run(*command, *paths, plans=list(plans))
+        return nursery.run(*command, *paths, plans=list(plans), constants=FEW_PICTURES)
 
     for plan in PLANS:
         code, output = start(parts, plan)

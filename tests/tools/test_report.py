@@ -275,7 +275,7 @@ def test_page_loads_nothing_and_runs_only_its_own_script(tmp_path: Path, kind: i
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
 
 
-@pytest.mark.parametrize("case", ["plain", "hostile", "one_epoch", "no_test", "no_epochs"])
+@pytest.mark.parametrize("case", ["hostile", "one_epoch", "no_test", "no_epochs"])
 def test_browser_shows_it_without_a_console_message(tmp_path: Path, case: str) -> None:
     run = MadeRun(tmp_path, HOSTILE if case == "hostile" else PLAIN,
                   num_epochs=1 if case == "one_epoch" else 3, has_test=case not in ("no_test", "no_epochs"))  # fmt: skip
