@@ -938,6 +938,17 @@ def test_a_write_reaches_the_disk_before_its_name_and_the_name_before_it_counts(
     assert calls == [("fsync", "log")]
 
 
+def test_what_has_not_reached_the_disk_takes_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_to_sync(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    lct.write_bytes(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, "fsync", fail_to_sync)
+    with pytest.raises(lct.UserError, match="cannot be written: Input/output error"):
+        lct.write_bytes(tmp_path / "file", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 @pytest.mark.parametrize("what", ["signal=SIGKILL", "error=ENOSPC"])
 def test_system_calls_that_kill_or_fail_leave_the_old_file(what: str, tmp_path: Path) -> None:
