@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -172,26 +171,6 @@ def run_cli(
         timeout=timeout,
         check=False,
     )
-
-
-def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
-    """Start a run and send SIGTERM to its process group after the first epoch; return exit code, stderr and group id."""
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, args), "--out_dir", str(out_dir)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    log = out_dir / "metrics.jsonl"
-    while not (log.exists() and b'"epoch_end"' in log.read_bytes()) and time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do
-    error = process.communicate(timeout=60)[1]
-    return process.returncode, error, process.pid
 
 
 def run_main(*args: object, main: Callable[..., int] | None = None, draws: int = FEW_DRAWS) -> int:

@@ -33,6 +33,7 @@ LAZY = (
     " torchvision.transforms.v2 torch.utils.serialization.config yaml PIL.GifImagePlugin PIL.JpegImagePlugin"
     " prelabel report"
 )
+DEAD_WORKER_POLL = 0.2  # seconds between torch's looks for dead loader workers, which are 5 s otherwise
 FEW_DRAWS = 25  # of each interval: those of a run take half of a small one's time
 # Functions at whose calls a run can die; the soak test draws from all calls of all of them.
 TARGETS = (
@@ -202,7 +203,9 @@ def serve() -> None:
     importlib.import_module("report").load_template()
     import cv2
     import numpy as np
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+    _MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (DEAD_WORKER_POLL,)
     cv2.setNumThreads(0)
     cv2.cvtColor(np.zeros((1, 1, 3), np.uint8), cv2.COLOR_RGB2LAB)  # fills tables in a quarter of a second
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killing import DEAD_WORKER_POLL
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import lct_dino3 as lct
 
@@ -107,9 +109,10 @@ def test_repetitions_of_an_image_in_one_epoch_are_augmented_differently(records:
 
 
 def test_a_loader_that_lost_a_worker_ends_before_the_next_one_starts(
-    records: lct.Records, patch_used: Callable
+    records: lct.Records, patch_used: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch_used(lct, "count_cores", lambda: 2)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (DEAD_WORKER_POLL,))
     dataset = lct.CropDataset(records, lct.build_transform(32, augment=False))
     batches = lct.cut_batches(lct.eval_keys(records, np.arange(21), "bbox"), 5)
     alive = []

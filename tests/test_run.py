@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from conftest import TINY_RUN, end_cli, make_dataset, run_main, snapshot
+from conftest import SCRIPT, TINY_RUN, make_dataset, run_main, snapshot
 
 import lct_dino3 as lct
 
@@ -597,6 +597,26 @@ def test_scan_leaves_a_run_alone(run: Path, data: Path, call_main: Main, capsys:
     before = snapshot(run)
     assert call_main("scan", "--data_root", data, "--out_dir", run) == 2
     assert "holds a run" in capsys.readouterr().err and snapshot(run) == before
+
+
+def end_cli(*args: object, out_dir: Path) -> tuple[int, str, int]:
+    """Start a run and send SIGTERM to its process group after the first epoch; return exit code, stderr and group id."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, args), "--out_dir", str(out_dir)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    log = out_dir / "metrics.jsonl"
+    while not (log.exists() and b'"epoch_end"' in log.read_bytes()) and time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do
+    error = process.communicate(timeout=60)[1]
+    return process.returncode, error, process.pid
 
 
 def test_sigterm_from_outside_ends_workers_too_and_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:

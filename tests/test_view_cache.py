@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import end_cli, make_dataset
+from conftest import make_dataset
 from PIL import Image
 
 import lct_dino3 as lct
@@ -185,26 +185,6 @@ def test_a_run_that_has_ended_embeds_no_views(data: Path, tmp_path: Path, call_m
         (tmp_path / "run" / name).unlink()
     assert call_main(*words) == 0
     assert (tmp_path / "run" / "predictions.csv").exists() and not (tmp_path / "run" / "cached_views.f16").exists()
-
-
-def test_an_interrupted_run_ends_as_one_that_was_not(data: Path, tmp_path: Path, call_main: Callable[..., int]) -> None:
-    flags = [*FLAGS, "--data_root", data, "--epochs", "12", "--workers", "0"]
-    code, error, _ = end_cli(*flags, out_dir=tmp_path / "ended")
-    assert code == 143, error
-    assert call_main(*flags, "--out_dir", tmp_path / "ended") == 0
-    assert call_main(*flags, "--out_dir", tmp_path / "straight") == 0
-    ended, straight = (
-        [
-            {key: value for key, value in event.items() if key not in ("time", "seconds", "pace")}
-            for event in lct.read_events(tmp_path / name)
-            if event["event"] in ("epoch_end", "test_end")
-        ]
-        for name in ("ended", "straight")
-    )
-    assert ended == straight and len(straight) == 13
-    assert (tmp_path / "ended" / "cached_views.f16").read_bytes() == (
-        tmp_path / "straight" / "cached_views.f16"
-    ).read_bytes()
 
 
 @pytest.mark.parametrize(
