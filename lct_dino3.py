@@ -2341,9 +2341,7 @@ class Listing:
     """The files of the class folders, before any image is opened."""
 
     paths: list[str] = dataclasses.field(default_factory=list)  # relative to data_root, with '/'
-    classes: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # folder of images, also an empty one -> class folder, NFC
+    classes: dict[str, str] = dataclasses.field(default_factory=dict)  # folder, also an empty one -> class folder, NFC
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # path, reason
     excluded: list[str] = dataclasses.field(default_factory=list)  # paths that --exclude or --class_map dropped
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # by `entry_type`, also beside class folders
