@@ -62,7 +62,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the files: LONGEST_FILES first."""
     ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: ranks.get(item.path.relative_to(REPO / "tests").as_posix(), len(ranks)))
+    items.sort(key=lambda item: ranks.get(os.path.relpath(item.path, REPO / "tests"), len(ranks)))
 
 
 def draw_image(kind: int, *seed: int, side: int = 56) -> Image.Image:

@@ -365,6 +365,7 @@ def test_a_refusal_in_the_shell(tmp_path):
     )
     code = f"""if True:  # all in one interpreter, because torch takes seconds
         import runpy, sys
+        sys.path.insert(0, "{REPO}/tools")  # as Python does for a script in it
         for encoding, script, words in {starts}:
             sys.argv = [script, *words.split()]
             sys.stdout.reconfigure(encoding=encoding, errors="strict")
