@@ -854,6 +854,15 @@ def test_an_image_that_could_not_be_read_is_tried_again(
     assert "plain.png" in {row["image"] for row in read_rows(tmp_path / "out")}
 
 
+def test_a_folder_in_use_is_named_by_its_flag(
+    finished_run: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
+) -> None:
+    with lct.lock_directory(tmp_path / "out"):
+        for flags in ((), ("--overwrite",)):
+            error = refuse(call_main, capsys, *command(finished_run, scene.folder, tmp_path / "out", None, *flags))
+            assert f"--out {tmp_path / 'out'}: is in use by process {os.getpid()}" in error
+
+
 def test_corrections_are_never_written_over(
     finished_run: Path, scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture, call_main: Callable[..., int]
 ) -> None:
