@@ -649,11 +649,16 @@ def make_identity(options: PretrainOptions, data: Data) -> dict[str, Any]:
 def start_or_resume(job: Job, state: State, payload: dict[str, Any] | None) -> None:
     """Evaluate the initial weights of a fresh run, or restore a checkpoint, and give up what is later than it.
 
-    With --resume PATH, checkpoints of later steps are set aside; records of later steps leave the history.
+    With --resume PATH, checkpoints of later steps are set aside; records of later steps leave the history. Raises UserError if the
+    checkpoint does not fit.
     """
     run, options = job.run, job.options
     if payload is not None:
-        state.restore(payload)
+        try:
+            state.restore(payload)
+        except (ValueError, KeyError, RuntimeError) as error:  # from torch, e.g. parameter groups of an older version
+            problem = f"the checkpoint cannot be restored: {lct.printable(str(error))[:200]}"
+            raise lct.UserError(problem, options.describe("output_dir"), lct.RESTORE_OR_OVERWRITE) from error
     best_path, last_path = (
         options.output_dir / name for name in (options.checkpoint_best_name, options.checkpoint_last_name)
     )

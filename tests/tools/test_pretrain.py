@@ -954,6 +954,15 @@ def test_a_run_with_other_settings_or_a_foreign_checkpoint_is_refused(
     assert start(crops, out, "--epochs", 1, "--vit-depth", 2, "--log-interval", 3) == 2
     error = capsys.readouterr().err
     assert "vit_depth: 1 -> 2" in error and "log_interval" not in error and "--output-dir" in error
+    saved = torch.load(out / "checkpoint_last.pt", weights_only=True)
+    del saved["optimizer"]["param_groups"][1:]
+    torch.save(saved, out / "checkpoint_last.pt")
+    assert start(crops, out, "--epochs", 1) == 2
+    error = capsys.readouterr().err
+    assert (
+        "cannot be restored: loaded state dict has a different number of parameter groups" in error
+        and "--output-dir" in error
+    )
     (out / "checkpoint_last.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "executed")))
     assert start(crops, out, "--epochs", 1) == 2
     assert "cannot be read as a checkpoint" in capsys.readouterr().err and not (tmp_path / "executed").exists()
