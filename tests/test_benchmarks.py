@@ -1,5 +1,6 @@
 """tests/benchmarks: run.py prints its table, gpu.py can fail, faults can be put in. Times are not asserted, machines differ."""
 
+import importlib
 import re
 import runpy
 import sys
@@ -55,6 +56,18 @@ def test_the_tests_that_each_fault_must_fail_are_there() -> None:
         text = "".join((REPO / "tests" / path).read_text(encoding="utf-8") for path in paths)
         words = set(re.findall(r"\w+", selector.partition(" -k ")[2])) - {"and", "or"}
         assert words and [word for word in words if word not in text] == [], selector
+
+
+def test_the_rows_of_whole_epochs_have_a_job_as_training_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPO / "tests/benchmarks")
+    epochs = importlib.import_module("epochs")
+    job, state = epochs.make_job("fp32")
+    assert len(job.records.rows("train")) == 64 and state.step == 0
+    assert job.store.get(int(job.records.rows("train")[0]), False).shape == (
+        job.config.img_size,
+        job.config.img_size,
+        3,
+    )
 
 
 def test_a_check_of_a_gpu_that_fails_costs_its_line_and_the_exit_code(

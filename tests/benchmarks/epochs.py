@@ -63,10 +63,12 @@ def make_job(precision: str, cache_views: int = 0) -> tuple[lct.Job, lct.TrainSt
         data_root=root, out_dir=root.parent / f"run_{precision}_{cache_views}", model_id=NAME, pretrained=False, workers=0, gpus=0,
         precision=precision, cache_views=cache_views,
     )  # fmt: skip
-    scan, (backbone, info) = lct.scan_dataset(config), lct.build_backbone(config, print)
+    squares = lct.SquareFile(config.out_dir, config.img_size, lct.square_room(config))
+    scan = lct.scan_dataset(config, squares=squares if lct.scan_fills_squares(config) else None)
+    backbone, info = lct.build_backbone(config, print)
     runtime = lct.training_runtime(config)
     job = lct.Job(config, scan.records, runtime, lct.RunDirectory(config.out_dir), info, scan.fingerprint)
-    job = dataclasses.replace(job, store=lct.open_store(job, scan))
+    job = dataclasses.replace(job, store=lct.open_store(job, squares))
     model = lct.build_recognizer(config, 4, backbone, info)
     return job, lct.start_state(model, config, runtime)
 
