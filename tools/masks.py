@@ -530,9 +530,10 @@ def preview_masks(scan: lct.Scan, out_dir: Path) -> None:
             step = max(1, max(image.shape[:2]) // (4 * PREVIEW_SIDE))  # 60 photos of 24 megapixels would take 6 GB
             image = image[::step, ::step].copy()
             mask = None if mask is None else mask[::step, ::step].copy()
-            score = f"   {math.nan if record['score'] is None else record['score']:.2f}" if record else ""
-            # No note if drawn by hand since the refusal.
-            note = record["reason"] or "" if record and mask is None else ""
+            score = note = ""
+            if record is not None:
+                score = "   nan" if record["score"] is None else f"   {record['score']:.2f}"
+                note = record["reason"] or "" if mask is None else ""  # no note if drawn by hand since the refusal
             items.append(MaskPreview(records.paths[row] + score, image, mask, note))
     order = "the lowest scores first" if chosen else "spread over the classes"
     write_masks_preview(out_dir / "masks_preview.png", items, len(row_of), order)

@@ -127,11 +127,10 @@ def check_corrections(options: PrelabelOptions) -> None:
     for name in options.formats.split(","):
         paths = sorted(options.out.glob("objects.csv" if name == "csv" else f"{name}/**/*"))
         for path in paths:
-            is_label = path.is_file() and not path.is_symlink() and path.name[0] != "." and path.suffix != ".cache"
-            relative = path.relative_to(options.out).as_posix()
-            if is_label and hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest() not in digests.get(
-                relative, ()
-            ):
+            if not path.is_file() or path.is_symlink() or path.name[0] == "." or path.suffix == ".cache":
+                continue
+            digest = hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
+            if digest not in digests.get(path.relative_to(options.out).as_posix(), ()):
                 problem = "was changed after it was written" if digests else "may hold corrections"
                 raise lct.UserError(
                     f"{problem}, and would be written anew",
