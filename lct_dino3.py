@@ -3272,7 +3272,6 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         "made": sum(counts["made"] for counts in classes.values()),
         "refused": [{"path": printable(path), "reason": reason} for path, reason in sorted(refused.items())],
         "not_made": not_made,
-        "classes": classes,
     }
     report["classes"] = {name: row | classes[name] for name, row in report["classes"].items()}
     digests = {path: mask_rows[path]["digest"] for path in masks if path}
@@ -8829,7 +8828,7 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
     notes = [
         f"--{name} was {old.get(name)} at the last start and is {value} now"
         for name, value in config.as_plain().items()
-        if name not in ("command", "resume", "overwrite") and old.get(name) != value
+        if old.get(name) != value and not Config.__dataclass_fields__[name].metadata.get("once")
     ]
     if last["data"]["fingerprint"] != fingerprint:
         notes.append("the images are not those of the last start: what follows is no exact continuation")

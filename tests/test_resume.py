@@ -489,6 +489,7 @@ def test_flags_that_do_not_change_the_result_are_accepted_and_named(
         "--max_refs_per_class was None",
     ):
         assert said in text
+    assert "--debug was" not in text
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,9 @@ def match_images(path: Path, images: list[Any], annotations: Sequence[Any], imag
             left_out[image_id] += 1
         elif index < 0:
             reason = "its image is not in the list of images" if image_id is not None else "names no image"
-            detections.problems.append(Problem("", getattr(item, "id", None) or f"annotation {row + 1}", reason))
+            item_id = getattr(item, "id", None)
+            name = f"annotation {row + 1}" if item_id is None else item_id
+            detections.problems.append(Problem("", name, reason))
         else:
             detections.objects.append((index, item.text))
     if left_out:

@@ -617,11 +617,12 @@ def test_ids_that_differ_in_type_alone_stay_apart_where_both_are_there(tmp_path:
     content["images"][1]["id"] = "1"
     for item in content["annotations"][3:]:
         item["image_id"] = "1"
-    content["annotations"].append({"id": 9, "image_id": "1.0", "category_id": 1, "bbox": [0, 0, 9, 9]})
+    stray = {"image_id": "1.0", "category_id": 1, "bbox": [0, 0, 9, 9]}
+    content["annotations"] += [{"id": 9, **stray}, {"id": 0, **stray}]
     (tmp_path / "coco.json").write_text(json.dumps(content))
     found = read(tmp_path / "coco.json", ["a.jpg", "b.jpg"])
     assert boxes_of(found, ["a.jpg", "b.jpg"]) == BOXES
-    assert found.problems == [labels.Problem("", 9, "its image is not in the list of images")]
+    assert found.problems == [labels.Problem("", n, "its image is not in the list of images") for n in (9, 0)]
 
 
 def test_the_end_of_an_absolute_name_counts_and_one_that_two_have_does_not(tmp_path: Path) -> None:
