@@ -8789,13 +8789,16 @@ def plan_run(
 def list_damaged_files(out_dir: Path, records: Records) -> list[str]:
     """Return one sentence for each missing or damaged file of a finished run, and one on what follows; [] if there is none."""
 
-    def check_predictions(path: Path) -> None:
-        with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
-            num_rows = int((content["splits"] == "test").sum())
+    def check_rows(path: Path, num_rows: int) -> None:
         with open(path, encoding="utf-8", newline="") as file:
             rows = [None not in row.values() for row in csv.DictReader(file, strict=True)]
         if len(rows) != num_rows or not all(rows):
             raise ValueError(f"has {sum(rows)} whole rows of {num_rows}")
+
+    def check_predictions(path: Path) -> None:
+        with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
+            num_rows = int((content["splits"] == "test").sum())
+        check_rows(path, num_rows)
 
     checks: dict[str, Callable[[Path], Any]] = {
         "config.json": lambda path: read_run_config(path.parent),
@@ -8805,6 +8808,8 @@ def list_damaged_files(out_dir: Path, records: Records) -> list[str]:
     }
     if len(records.rows("test")):
         checks["predictions.csv"] = check_predictions
+    if views := [event["images"] for event in read_events(out_dir) if event["event"] == "test_views"]:
+        checks["predictions_by_view.csv"] = lambda path: check_rows(path, 2 * views[-1])
     damage = []
     for name, check in checks.items():
         if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):

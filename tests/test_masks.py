@@ -417,12 +417,15 @@ def read_predictions(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_mix_runs_on_half_the_masks_and_reports_both_views(tmp_path: Path, call_main: Callable) -> None:
+def test_mix_runs_on_half_the_masks_and_reports_both_views(
+    tmp_path: Path, call_main: Callable, capsys: pytest.CaptureFixture
+) -> None:
     root = make_masked_dataset(tmp_path / "data", 12)
     for index, path in enumerate(sorted(root.rglob("*_mask.png"))):
         if index % 2:
             path.unlink()
     assert call_main("--data_root", root, "--out_dir", tmp_path / "run", "--crop_mode", "mix", *TINY_RUN) == 0
+    capsys.readouterr()
     events, gallery = read_run(tmp_path / "run")
     report = json.loads((tmp_path / "run/data_report.json").read_text())
     assert report["masks"]["usable"] == 18 and {row["masks"] for row in report["classes"].values()} == {6}
@@ -453,6 +456,12 @@ def test_mix_runs_on_half_the_masks_and_reports_both_views(tmp_path: Path, call_
     assert meta["crop_mode"] == "mix" and meta["mask_fill"] == {"kind": "gray", "colour": [114] * 3}
     epoch = events["epoch_end"][0]
     assert epoch["val"]["acc"] is not None and {"acc", "loss", "proto_acc"} <= set(epoch["val_by_view"]["mask"])
+    path = tmp_path / "run/predictions_by_view.csv"
+    path.write_bytes(path.read_bytes()[:-200])
+    for status in ("made anew", "is finished"):
+        assert call_main("--data_root", root, "--out_dir", tmp_path / "run", "--crop_mode", "mix", *TINY_RUN) == 0
+        assert status in capsys.readouterr().out
+    assert read_predictions(path) == pairs
 
 
 def test_masks_that_changed_since_the_run_was_started_are_named_when_it_is_continued(tmp_path: Path) -> None:

@@ -136,6 +136,16 @@ def test_a_finished_run_that_lacks_something_finishes_once_more(
     assert words[0] == "report" and call_main(*words) == 0 and (run_dir / "report.html").is_file()
 
 
+@pytest.mark.parametrize("name", ["splits.json", "data_report.json"])
+def test_the_page_does_without_a_damaged_file_of_the_start_once_it_is_moved_away(
+    name: str, run_dir: Path, told: Callable[..., str], call_main: Main
+) -> None:
+    hurt("cut", run_dir / name)
+    assert "move it away" in told("report", run_dir), "training writes it but once"
+    (run_dir / name).unlink()
+    assert call_main("report", run_dir) == 0
+
+
 # --- what else messages say
 
 

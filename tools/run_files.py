@@ -194,6 +194,8 @@ def read_file(path: Path, read: Callable[[Path], Any]) -> Any:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error, zipfile.BadZipFile) as error:
         reason = f"has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
         remedy = "start the training command again: it writes the files of a finished run anew"
+        if path.name in ("splits.json", "data_report.json"):  # written once, when a run begins
+            remedy = "restore it from a copy, or move it away: the page does without what it holds"
         raise ReportError(f"{path} cannot be read: {reason}; {remedy}") from error
 
 
