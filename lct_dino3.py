@@ -3066,7 +3066,8 @@ def check_trainable(scan: Scan, config: Config) -> None:
             lines.append(f"\n    {name}: {row['usable']} usable{broken}")
     if lines:
         problem = f"{len(lines)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
-        remedy = "add images, lower --min_per_class, or leave the classes out with --class_map"
+        lower = "lower --min_per_class, " if config.min_per_class > 1 else ""
+        remedy = f"add images, {lower}or leave the classes out with --class_map"
         remedy += ", or raise --data_fraction" if config.data_fraction < 1 else ""
         raise UserError(problem + "".join(lines), where, remedy)
     for split in required_splits(scan.report["classes"], config):
@@ -3170,7 +3171,7 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     class_names = table["classes"]
     if class_names != list(records.class_names):
         problem = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
-        remedy = "restore the data or --class_map, choose a new --out_dir, or start afresh with --overwrite"
+        remedy = "restore the data or --class_map, or train anew, in a new --out_dir or with --overwrite"
         raise UserError(problem, str(path.parent), remedy)
     rows = []
     for split_index, split in enumerate(SPLIT_NAMES):
@@ -3212,7 +3213,7 @@ def read_splits(path: Path) -> dict[str, Any]:
         return table
     except (OSError, ValueError) as error:
         problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise UserError(problem, str(path), "restore it, or start afresh with --overwrite") from error
+        raise UserError(problem, str(path), "restore it, or train anew with --overwrite") from error
 
 
 def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
@@ -6989,7 +6990,7 @@ def embed_records(
 
     def note(failures: list[tuple[int, str]]) -> None:
         for row, reason in failures:
-            show(f"warning: {printable(records.paths[row])} {reason}")
+            show(f"warning: {printable(f'{records.root}/{records.paths[row]}')} {reason}")
 
     batches = cut_batches(eval_keys(records, rows, run.config.crop_mode), config.batch)
     dataset = CropDataset(records, run.transform())
@@ -7441,6 +7442,8 @@ class Job:
         """Log the images and masks that could not be read, as (row, reason), each image once per run."""
         for row, reason in failures:
             path = self.records.paths[row]
+            if self.records.root != self.config.data_root:  # of --unknown_dir
+                path = f"{self.records.root}/{path}"
             if path not in self.unreadable:
                 self.unreadable[path] = reason
                 self.run.log(f"warning: {path} {reason}")

@@ -203,7 +203,7 @@ def test_remedies_of_a_split_that_is_empty_or_damaged_work(
     assert call_main(*evaluate, "--split", "val") == 0 and call_main(*evaluate, "--data_root", tiny_run / "data") == 0
     (run_dir / "splits.json").write_text("{}", encoding="utf-8")
     again = train_again(run_dir, tiny_run / "data")
-    assert "start afresh with --overwrite" in told(*again)
+    assert "train anew with --overwrite" in told(*again)
     assert call_main(*again, "--overwrite") == 0
 
 

@@ -817,18 +817,19 @@ def test_a_stop_while_losses_are_fetched_loses_none(monkeypatch: pytest.MonkeyPa
     assert tally.totals()["losses"].tolist() == [0, 1, 2]
 
 
-def test_files_of_the_same_number_in_two_folders_are_two_files(tmp_path: Path) -> None:
-    """Those of --unknown_dir have numbers of their own."""
+def test_files_of_the_same_number_and_name_in_two_folders_are_two_files(tmp_path: Path) -> None:
+    """Those of --unknown_dir have numbers of their own, and are named with their folder."""
     config = lct.Config(data_root=tmp_path, out_dir=tmp_path / "run")
+    paths = np.array(["a/1.png"], dtype=lct.STRINGS)
     records = [
-        lct.Records(tmp_path, ("a",), np.array([name], dtype=lct.STRINGS), *(np.zeros(1, np.int32) for _ in range(3)))
-        for name in ("a/1.png", "mug.png")
+        lct.Records(root, ("a",), paths, *(np.zeros(1, np.int32) for _ in range(3)))
+        for root in (tmp_path, tmp_path / "strangers")
     ]
     with lct.RunDirectory(tmp_path / "run") as run:
         job = lct.Job(config, records[0], lct.make_runtime(0, "fp32"), run, None)
         for of_split in records:
             dataclasses.replace(job, records=of_split).note_failures([(0, "is gone")])
-    assert job.unreadable == {"a/1.png": "is gone", "mug.png": "is gone"}
+    assert job.unreadable == {"a/1.png": "is gone", f"{tmp_path}/strangers/a/1.png": "is gone"}
 
 
 def test_images_that_break_or_change_during_the_run_cost_themselves(
