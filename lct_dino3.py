@@ -229,7 +229,7 @@ class Config(Options):
     exclude: tuple[str, ...] = option((), "leave out files whose path or name matches one of these; may be repeated",
         "data", metavar="GLOB", nargs="+", action="extend", fixed=True)
     min_per_class: int = option(3, "usable images that every class needs", "data", low=1)
-    image_bits: tuple[int, ...] = option((), group="data", metavar="N", nargs="+", low=8, high=16,
+    image_bits: tuple[int, ...] = option((), group="data", metavar="N", nargs="+", low=8, high=16, fixed=True,
         text="bits a channel that images of more than 8 really use, such as 12 (default: what their values show)")
     near_dup_bits: int = option(4, "bits of 64 in which the hashes of near-duplicates may differ", "data", low=0, high=16)
 
@@ -3059,17 +3059,16 @@ def check_trainable(scan: Scan, config: Config) -> None:
             problem = f"holds {num_known:,} of the images to train on, which have classes"
             remedy = "give a folder of other images, or leave these out: --exclude"
             raise UserError(problem, config.describe("unknown_dir"), remedy)
-    lines = []
-    for name, row in scan.report["classes"].items():
-        if row["usable"] < config.min_per_class:
+    small = {name: row for name, row in scan.report["classes"].items() if row["usable"] < config.min_per_class}
+    if small:
+        problem = f"{len(small)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
+        for name, row in small.items():
             broken = f", {row['quarantined']} broken" if row["quarantined"] else ""
-            lines.append(f"\n    {name}: {row['usable']} usable{broken}")
-    if lines:
-        problem = f"{len(lines)} of {num_classes} classes have fewer than {config.min_per_class} usable images:"
-        lower = "lower --min_per_class, " if config.min_per_class > 1 else ""
+            problem += f"\n    {name}: {row['usable']} usable{broken}"
+        lower = "lower --min_per_class, " if any(row["usable"] for row in small.values()) else ""
         remedy = f"add images, {lower}or leave the classes out with --class_map"
         remedy += ", or raise --data_fraction" if config.data_fraction < 1 else ""
-        raise UserError(problem + "".join(lines), where, remedy)
+        raise UserError(problem, where, remedy)
     for split in required_splits(scan.report["classes"], config):
         if not len(records.rows(split)):
             num_groups = len(np.unique(records.groups))
@@ -8707,6 +8706,9 @@ def prepare_run(
     refuse_if_in_use(config.out_dir)
     point = find_resume_point(config.out_dir, config.resume, config.overwrite)
     splits_path = point and point.path.with_name("splits.json")
+    if point:  # as found when the run began, whatever images there are now; older checkpoints do not say
+        image_bits = point.payload["identity"].setdefault("image_bits", list(config.image_bits))
+        config = dataclasses.replace(config, image_bits=config.image_bits or tuple(image_bits))
     probe_model(config)  # a mistyped model should not cost a scan
     check_optimizer(config)
     if config.unknown_dir is not None:
@@ -8716,8 +8718,8 @@ def prepare_run(
     if config.auto_generate_masks and config.sam2_ckpt is None:
         show("--auto_generate_masks has no --sam2_ckpt: if a crop lacks a mask, the run ends after the scan")
     scan = scan_dataset(config, splits_path, squares if scan_fills_squares(config) else None)
-    # Later commands have to read the images of this run in the same way.
-    config = dataclasses.replace(config, image_bits=scan.records.image_bits)
+    if not point:  # later starts and commands have to read the images of this run in the same way
+        config = dataclasses.replace(config, image_bits=scan.records.image_bits)
     with keep_memory(scan.memory):
         scan = attach_masks(scan, config)
         plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)
@@ -8748,15 +8750,17 @@ def plan_run(
     config: Config, runtime: Runtime, scan: Scan, backgrounds: Backgrounds | None, point: ResumePoint | None
 ) -> tuple[Job, Backbone, list[str]] | None:
     """Check that data, model and checkpoint fit together; return job, model and warnings, or None if the run is finished."""
+    records = scan.records
+    notes: list[str] = []
+    if point:  # first, since more images of a class that the run does not have would not help
+        records, notes = reuse_splits(point.path.with_name("splits.json"), records)
     check_trainable(scan, config)
     if not config.auto_generate_masks:
         check_masks_usable(scan, config)
-    notes = check_transforms_fit(scan, config)
-    records = scan.records
+    notes += check_transforms_fit(scan, config)
     if point:
         if config.cache_views is None:  # as decided when the run began
             config = dataclasses.replace(config, cache_views=point.payload["identity"].get("cache_views"))
-        records, changes = reuse_splits(point.path.with_name("splits.json"), records)
         identity = make_identity(config, records.class_names, None)
         identity["backgrounds"] = backgrounds and backgrounds.identity
         check_identity(point.path, point.payload["identity"], identity, ineffective_options(config))
@@ -8776,7 +8780,7 @@ def plan_run(
             if not (config.out_dir / "report.html").is_file():
                 show(f"to have its report, python {SCRIPT_NAME} report {shlex.quote(str(config.out_dir))}")
             return None
-        notes += changes + describe_changes(config, scan.fingerprint) + damage
+        notes += describe_changes(config, scan.fingerprint) + damage
     backbone, info = build_for_training(config, runtime)
     if config.cache_views is None:  # cache views where possible, if that saves forward passes
         size = 2 * CACHED_VIEWS * len(records.rows("train")) * info.feature_dim

@@ -207,6 +207,16 @@ def test_remedies_of_a_split_that_is_empty_or_damaged_work(
     assert call_main(*again, "--overwrite") == 0
 
 
+def test_a_class_that_is_new_is_named_rather_than_that_it_is_small(
+    run_dir: Path, tiny_run: Path, tmp_path: Path, told: Callable[..., str]
+) -> None:
+    data = shutil.copytree(tiny_run / "data", tmp_path / "data")
+    make_dataset(data, {"saw": 1})
+    for command in (train_again(run_dir, data), ("evaluate", "--run", run_dir, "--split", "val", "--data_root", data)):
+        text = told(*command, *QUIET)
+        assert "other classes: 3 -> 4, gone: none, new: saw\n  restore the data or --class_map, or train anew" in text
+
+
 def test_a_gallery_of_another_model_is_put_right_by_the_command_it_prints(
     run_dir: Path, told: Callable[..., str], call_main: Main
 ) -> None:

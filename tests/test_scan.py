@@ -12,11 +12,12 @@ import struct
 import unicodedata
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_image, image_bytes, make_dataset, snapshot
+from conftest import TINY_RUN, draw_image, image_bytes, make_dataset, snapshot
 from PIL import Image, ImageOps
 
 import lct_dino3 as lct
@@ -811,6 +812,21 @@ def test_images_of_more_bits_are_scaled_by_those_of_the_data_set(bits: int, name
     assert len(set(found.crops["phash"].tolist())) == 3
     forced = lct.scan_dataset(dataclasses.replace(config, image_bits=(16,))).records
     assert abs(int(lct.load_crop(forced, 0, 0)[0].max()) - 255 * 2**bits / 2**16) <= 1
+
+
+def test_a_run_reads_its_images_as_when_it_began_whatever_images_come_later(
+    tmp_path: Path, call_main: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    for index in range(12):
+        put_deep(tmp_path / f"data/{'ab'[index % 2]}_12/{index}.png", shades(index, 1, (20, 30)))
+    argv = ("--data_root", tmp_path / "data", "--out_dir", tmp_path / "run", *TINY_RUN)
+    assert call_main(*argv) == 0
+    put_deep(tmp_path / "new_16/new.png", shades(12, 1, (20, 30)))  # would make all others black
+    (tmp_path / "new_16/new.png").rename(tmp_path / "data/a_12/new.png")
+    assert call_main(*argv, "--epochs", 2) == 0 and "1 image new since this run" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/config.json").read_text("utf-8"))["options"]["image_bits"] == [12]
+    assert call_main(*argv, "--epochs", 3, "--image_bits", 16) == 2
+    assert "image_bits: [12] -> [16]" in capsys.readouterr().err
 
 
 def test_a_deep_image_that_fails_at_its_second_reading_is_named(tmp_path: Path, patch_used) -> None:
