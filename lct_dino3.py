@@ -8815,8 +8815,9 @@ def list_damaged_files(out_dir: Path, records: Records) -> list[str]:
     }
     if len(records.rows("test")):
         checks["predictions.csv"] = check_predictions
-    if views := [event["images"] for event in read_events(out_dir) if event["event"] == "test_views"]:
-        checks["predictions_by_view.csv"] = lambda path: check_rows(path, 2 * views[-1])
+    of_last_end = itertools.takewhile(lambda event: event["event"] != "proto_end", reversed(read_events(out_dir)))
+    if views := [event["images"] for event in of_last_end if event["event"] == "test_views"]:
+        checks["predictions_by_view.csv"] = lambda path: check_rows(path, 2 * views[0])
     damage = []
     for name, check in checks.items():
         if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):
@@ -9119,6 +9120,7 @@ def compare_views(job: Job, model: Recognizer, gallery: Gallery, test: Embedded,
     pair = [test.take(test.views == view) for view in range(len(VIEW_NAMES))]
     common = np.intersect1d(pair[0].rows, pair[1].rows)  # a file may have vanished in between
     if not len(common):
+        (job.run.path / "predictions_by_view.csv").unlink(missing_ok=True)  # of an earlier end, when there were masks
         return
     pair = [embedded.take(np.searchsorted(embedded.rows, common)) for embedded in pair]
     write_predictions(job.run.path / "predictions_by_view.csv", gallery, job.records, concatenate_embedded(pair))

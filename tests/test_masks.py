@@ -464,6 +464,16 @@ def test_mix_runs_on_half_the_masks_and_reports_both_views(
     assert read_predictions(path) == pairs
 
 
+def test_answers_by_view_go_with_the_masks(tmp_path: Path, call_main: Callable, capsys: pytest.CaptureFixture) -> None:
+    argv = ("--data_root", make_masked_dataset(tmp_path / "data", 5), "--out_dir", tmp_path / "run", *TINY_RUN)
+    assert call_main(*argv) == 0 and (tmp_path / "run/predictions_by_view.csv").is_file()
+    for path in (tmp_path / "data").glob("*/masks"):
+        shutil.rmtree(path)
+    assert call_main(*argv, "--epochs", 2) == 0
+    assert not (tmp_path / "run/predictions_by_view.csv").exists(), "they are of the weights of an earlier end"
+    assert call_main(*argv, "--epochs", 2) == 0 and "is finished" in capsys.readouterr().out
+
+
 def test_masks_that_changed_since_the_run_was_started_are_named_when_it_is_continued(tmp_path: Path) -> None:
     root = make_masked_dataset(tmp_path / "data", 4)
     first = scan(root).records
