@@ -2284,7 +2284,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
         ignored = f", only {describe_ignored(listing.ignored)}" if listing.ignored else ""
         split_folders = {name.lower() for name in folders} & SPLIT_FOLDERS.keys()
         are_splits = split_folders and listing.ignored[FOLDER_ENTRY]
-        hint = "are train, val and test folders of class folders? give --splits from_folders"
+        hint = "are train, val and test folders of class folders? give --splits from_folders to train on them, else one of them"
         raise UserError(f"holds no images{ignored}", where, hint if are_splits else DATA_TREE)
     class_of |= {folder: None for folder, dropped in is_dropped.items() if dropped and folder}
     listing = dataclasses.replace(listing, paths=used, problems=problems, excluded=excluded)
@@ -6728,6 +6728,13 @@ def back_up_gallery(path: Path, class_names: Collection[str], say: Callable[[str
         say(f"warning: enrolled classes have to be added again: {', '.join(missing)}")
 
 
+def warn_of_bare_classes(gallery: Gallery, say: Callable[[str], None]) -> None:
+    """Name the classes without a reference, which no crop can be matched with."""
+    counts = np.bincount(gallery.stack_labels, minlength=len(gallery.class_names))
+    if bare := list(itertools.compress(gallery.class_names, counts == 0)):
+        say(f"warning: without a readable training image, and never recognised: {', '.join(bare)}")
+
+
 def describe_gallery(
     config: Config, info: BackboneInfo, class_names: Sequence[str], model: Recognizer
 ) -> dict[str, Any]:
@@ -8567,6 +8574,7 @@ def run_prototypes(config: PrototypesOptions) -> None:
         back_up_gallery(path, {*gallery.class_names, removed}, show)
         save_gallery(path, gallery, meta | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")})
     show(format_gallery(gallery))
+    warn_of_bare_classes(gallery, show)
     if added_names and (run.gallery.matcher, gallery.matcher) == ("knn", "centroid"):
         show("classes are matched by their centroids now: nearest references hardly find those that have few")
     for sentence in describe_enrolled(gallery, added_names):
@@ -9043,9 +9051,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     if any(event.get("status") == "completed" for event in read_events(run.path)):
         back_up_gallery(run.path / "prototypes.npz", records.class_names, run.log)
     save_gallery(run.path / "prototypes.npz", gallery, meta)
-    counts = np.bincount(gallery.stack_labels, minlength=len(records.class_names))
-    if bare := list(itertools.compress(records.class_names, counts == 0)):
-        run.log(f"warning: without a readable training image, and never recognised: {', '.join(bare)}")
+    warn_of_bare_classes(gallery, run.log)
     sizes = {"refs": len(gallery.stack_labels), "prototypes": len(gallery.prototypes)}
     matched = {"matcher": gallery.matcher, "knn_k": int(gallery.knn_counts.max()), "temperature": gallery.temperature}
     run.event("proto_end", **sizes, **matched, feature_weight=gallery.fusion.weight)

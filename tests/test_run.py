@@ -393,7 +393,7 @@ def test_an_image_that_vanishes_during_the_run_costs_that_image(
 
 
 def test_a_class_whose_training_images_vanish_is_named_and_costs_the_class(
-    tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Of two classes one is left, which no logistic regression can be fitted on."""
     root = make_dataset(tmp_path / "data", {"a": 12, "b": 12})
@@ -414,6 +414,9 @@ def test_a_class_whose_training_images_vanish_is_named_and_costs_the_class(
         rows = [row for row in csv.DictReader(file) if row["class"] == "b"]
     blanks = [(row["answer"], row["nearest_of_class"], row["nearest_of_class_view"]) for row in rows]
     assert set(blanks) == {("a", "", "")}, "there is no reference of b"
+    capsys.readouterr()
+    assert call_main("prototypes", "--run", tmp_path / "run", "--gpus", 0, "--workers", 0) == 0
+    assert "never recognised: b\n" in capsys.readouterr().out
 
 
 def test_without_a_test_split_there_is_no_test(data: Path, tmp_path: Path, call_main: Main) -> None:

@@ -643,7 +643,7 @@ def split_tree(root: Path, *splits: str) -> Path:
 def test_train_valid_test_folders_are_the_splits(val: str, tmp_path: Path) -> None:
     root = split_tree(tmp_path / "data", "train", val, "test")
     (root / "README.txt").write_text("roboflow")
-    with pytest.raises(lct.UserError, match="give --splits from_folders"):
+    with pytest.raises(lct.UserError, match="give --splits from_folders to train on them, else one of them"):
         lct.scan_dataset(lct.Config(data_root=root, out_dir=tmp_path / "run"))
     put_images(root, "train/beside.png")
     (root / "test/saw/masks").mkdir()
