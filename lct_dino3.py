@@ -4394,7 +4394,7 @@ BACKBONE_PART = re.compile(r"^[^.]*(norm|embed|token|stem|conv|layer|block|stage
 HUB_PREFIXES = ("hf-hub:", "local-dir:")  # of model ids outside timm's registry
 MIN_HEAD_DIM = 16  # embedding dimensions a head; in one dimension every unit vector is +-1, and nothing can be learned
 WEIGHTS_REMEDY = (
-    "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or start"
+    "give --backbone_weights FILE, or copy the hub's cache (~/.cache/huggingface) from a machine that has it, or train"
     " from random weights with --no-pretrained"
 )
 STATE_DICT_REMEDY = "give a state dict saved by torch.save or safetensors"
@@ -5698,7 +5698,7 @@ CHECKPOINT_FORM = {
     "tally": {str: torch.Tensor},
     "backbone_dtype": str,
 }
-RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or start afresh with --overwrite"
+RESTORE_OR_OVERWRITE = "restore a checkpoint from a copy, or train anew with --overwrite"
 
 
 class Tally:
