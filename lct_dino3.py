@@ -9075,7 +9075,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         closed = figures["closed"][gallery.matcher]
         unseen = next((event for event in read_events(run.path) if event["event"] == "unseen_classes"), {})
         result = f"{judgement['verdict']}\naccuracy {format_figure(closed['acc'])}, "
-        result += f"macro F1 {format_figure(closed['f1_macro'])}, on {num_images:,} test images\n"
+        images = f"{len(test.rows):,} views of {num_images:,}" if len(test.rows) > num_images else f"{num_images:,}"
+        result += f"macro F1 {format_figure(closed['f1_macro'])}, on {images} test images\n"
         coverage = format_figure(figures["thresholds"]["coverage"])
         result += f"test images that get a class, not `unknown`: {coverage}\n"
         result += f"unknown objects that get a class all the same: {format_unknown(figures, unseen)}"

@@ -427,6 +427,10 @@ def test_mix_runs_on_half_the_masks_and_reports_both_views(
     assert call_main("--data_root", root, "--out_dir", tmp_path / "run", "--crop_mode", "mix", *TINY_RUN) == 0
     capsys.readouterr()
     events, gallery = read_run(tmp_path / "run")
+    num_images = events["test_end"][0]["images"]
+    num_views = len(read_predictions(tmp_path / "run/predictions.csv"))
+    log = (tmp_path / "run/train.log").read_text()
+    assert num_views > num_images and f"on {num_views} views of {num_images} test images" in log
     report = json.loads((tmp_path / "run/data_report.json").read_text())
     assert report["masks"]["usable"] == 18 and {row["masks"] for row in report["classes"].values()} == {6}
     splits = json.loads((tmp_path / "run/splits.json").read_text())
