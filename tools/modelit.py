@@ -563,8 +563,11 @@ def generate(options: ModelitOptions) -> None:
     z = make_latents(options, payload["architecture"]["latent_dim"])
     pairs = list(itertools.product(range(len(vectors)), range(len(z))))
     numbers = [f"_{number:03}" if len(pairs) > 1 else "" for number in range(1, len(pairs) + 1)]
-    suffix = options.output.suffix if options.output.suffix.lower() == f".{kind}" else f".{kind}"
-    paths = [options.output.with_name(f"{options.output.stem}{number}{suffix}") for number in numbers]
+    suffix = options.output.suffix
+    is_kind = suffix.lower().removeprefix(".") in MESH_KINDS
+    stem = options.output.stem if is_kind else options.output.name  # "guidance_1.5" ends in no kind of mesh
+    ending = suffix if suffix.lower() == f".{kind}" else f".{kind}"
+    paths = [options.output.with_name(f"{stem}{number}{ending}") for number in numbers]
     for path in paths:
         lct.check_replaceable(path, f"--output {path}")
     if options.preview is not None:

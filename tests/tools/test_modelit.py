@@ -873,7 +873,14 @@ def test_levels_outside_the_values_and_empty_grids(
     assert generate(trained, "--output", "shape.xyz") == 2
     assert "is no kind of mesh" in capsys.readouterr().err
     assert generate(trained, "--output", "shape.xyz", "--format", "glb") == 0
-    assert trimesh.load(here / "shape.glb", force="mesh").is_watertight
+    assert trimesh.load(here / "shape.xyz.glb", force="mesh").is_watertight
+
+
+def test_a_dot_in_the_name_of_a_mesh_is_kept_and_a_kind_of_mesh_replaced(trained: Path, here: Path) -> None:
+    for name, written in (("g_1.5", "g_1.5.obj"), ("g_1.7", "g_1.7.obj"), ("g.PLY", "g.obj"), ("h.OBJ", "h.OBJ")):
+        before = {path.name for path in here.iterdir()}
+        assert generate(trained, "--output", name, "--format", "obj") == 0
+        assert {path.name for path in here.iterdir()} - before == {written}
 
 
 def test_an_analysis_is_that_of_numpy(trained: Path, here: Path) -> None:
