@@ -43,7 +43,7 @@ def describe_comparison(runs: list[Run]) -> dict[str, Any]:
             {"name": name, "path": str(run.path), "verdict": capitalize(run.verdict)}
             for name, run in zip(names, runs, strict=True)
         ],
-        "header": judge_runs(names, images),
+        "header": judge_runs(names, images, [name for name, table in zip(names, answers, strict=True) if not table]),
         "colors": make_colors(len(runs)),
         "num_common": len(images),
         "has_both_views": any(len(run.predictions) > len(table) for run, table in zip(runs, answers, strict=True)),
@@ -77,16 +77,19 @@ def choose_answers(run: Run) -> dict[str, Prediction]:
     return {item.shot.path: item for item in sorted(run.predictions, key=lambda item: item.shot.view != "mask")}
 
 
-def judge_runs(names: list[str], images: list[list[Prediction]]) -> dict[str, str]:
+def judge_runs(names: list[str], images: list[list[Prediction]], untested: list[str]) -> dict[str, str]:
     """Return whether the run with the most right answers on the common test images is significantly ahead of the second.
 
     Significant: the sign test on the images that only one of the two gets right gives p < SIGNIFICANCE / (number of runs - 1).
+    Without common images, returns why: `untested` are the runs without answers.
     """
     if not images:
-        note = (
-            "Not one image is in the test split of all runs. Each figure below is of the run's own images, so that a"
-            " difference may be theirs: compare runs with the same data, --seed, --group_regex and shares of the splits."
-        )
+        reason = "Not one image is in the test split of all runs."
+        remedy = "compare runs with the same data, --seed, --group_regex and shares of the splits."
+        if untested:
+            reason = f"Without answers on test images: {', '.join(untested)}."
+            remedy = "compare runs that are finished, have a test split and still have their predictions.csv."
+        note = f"{reason} Each figure below is of the run's own images, so that a difference may be theirs: {remedy}"
         return {"verdict": "No test image in common", "tone": "plain", "note": note}
     is_right = np.array([[item.is_right for item in items] for items in images])  # (images, runs)
     accuracies = is_right.mean(axis=0)

@@ -960,7 +960,7 @@ def test_runs_without_a_common_test_image_say_so(pair: Callable[..., str]) -> No
             row["path"] = "other/" + row["path"]
 
     text = pair(change)
-    assert '<h1 class="plain">No test image in common</h1>' in text
+    assert '<h1 class="plain">No test image in common</h1>' in text and "--seed, --group_regex" in text
     assert "there is none to disagree about" in section(text, "disagreements")
     assert "Of each run's own images" in section(text, "classes").replace("&#39;", "'")
 
@@ -978,6 +978,16 @@ def test_runs_with_other_classes_and_without_test_are_compared(tmp_path: Path) -
     text = make_page(first, second, out=tmp_path / "compare.html")
     assert "2 classes and 0" in text and "hammer, saw" in section(text, "classes") and "val, 9 images" in text
     assert "No test split, no verdict" in text
+    summary = " ".join(text[: text.index("</header>")].split())
+    assert "Without answers on test images: b/run." in summary and "--seed" not in summary
+
+
+def test_a_class_without_images_in_one_run_has_a_dash(tmp_path: Path) -> None:
+    first = MadeRun(tmp_path / "a").write()
+    second = MadeRun(tmp_path / "b", has_test=False)
+    second.events = second.events[:1]  # no epoch has ended
+    rows = section(make_page(first, second.write(), out=tmp_path / "compare.html"), "classes")
+    assert " / –</td>" in rows and "None" not in rows
 
 
 @pytest.mark.parametrize("has_test", [True, False])
