@@ -190,6 +190,15 @@ def test_unknown_objects_are_told_in_each_fold_as_scikit_learn_says() -> None:
     assert figures["auroc"]["interval"][0] < figures["auroc"]["value"] < figures["auroc"]["interval"][1]
 
 
+def test_perfect_separation_is_as_sure_as_the_fewer_objects_allow() -> None:
+    images = np.arange(30)
+    for known in (images < 7, images >= 7):
+        figures = lct.measure_unknown(images, [(known.astype(float), known, ~known)])
+        low = proportion_interval(7, 7)[0]
+        assert figures["auroc"] == {"value": 1.0, "interval": pytest.approx([low, 1.0], rel=1e-4)}
+        assert figures["fpr95"] == {"value": 0.0, "interval": pytest.approx([0.0, 1 - low], rel=1e-4)}
+
+
 def test_calibration_error_is_that_of_the_definition() -> None:
     """Of known objects, and of strangers that count as a fifth of all."""
     known, strangers = np.array([0.95, 0.91, 1.0, 0.05]), np.array([0.55, 0.93])
