@@ -196,14 +196,16 @@ def test_what_does_not_go_together_is_refused(flags: tuple[str, ...], word: str)
 
 
 def test_the_epochs_line_names_the_knob_when_the_device_waits() -> None:
-    figures = {"loss": 1.0, "acc": 0.5, "f1_macro": 0.5, "auc_macro": None}
+    figures = {"loss": 1.0, "acc": 0.5, "f1_macro": 0.0, "auc_macro": None}
     record = {"epoch": 2, "train": figures, "val": figures, "seconds": 12.34}
 
     def line(wait: float, **options: object) -> str:
         return lct.format_epoch(record | {"pace": {"images_per_s": 1234.5, "data_wait": wait}}, lct.Config(**options))
 
     assert line(0.03).endswith("12.3 s, 1,234 images/s, 3% of it waiting for data")
+    assert "val loss  1.000 acc  0.500 F1  0.000 AUC      -  |" in line(0.03)
     assert "--workers" in line(0.4, workers=0)
+    assert "--workers" not in line(0.4, workers=lct.count_cores())
     assert "--cache_crops 8" in line(0.4, workers=0, cache_crops=0.0)
     assert "--workers" in line(0.4, workers=0, cache_crops=0.0, train_augmentations=())
     assert "--cache_views" in line(0.4, workers=256)
