@@ -379,6 +379,17 @@ def test_a_class_of_few_test_images_is_named_whatever_their_views() -> None:
     assert lct.measure_gallery(gallery, both_views)["few"] == list(gallery.class_names)
 
 
+def test_evaluate_prints_accuracy_and_f1_of_each_matcher() -> None:
+    train, val = make_embedded(9, 0), make_embedded(9, 1)
+    gallery = lct.calibrate(
+        lct.build_gallery(make_records(36), train, val, lct.Config()), val, 0.95, None, {}, torch.float32
+    )
+    figures = lct.measure_gallery(gallery, val._replace(labels=np.maximum(val.labels, 1)))
+    for line, closed in zip(lct.format_measures(figures).splitlines(), figures["closed"].values(), strict=False):
+        accuracy, f1 = (lct.format_figure(closed[name]) for name in ("acc", "f1_macro"))
+        assert line.endswith(f": acc {accuracy}, macro F1 {f1}") and accuracy != f1
+
+
 def test_where_all_answers_are_right_or_wrong_the_f1_is_no_surer_than_the_accuracy() -> None:
     train, val = make_embedded(9, 0, spread=0.01), make_embedded(9, 1, spread=0.01)
     gallery = lct.calibrate(
