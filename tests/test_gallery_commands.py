@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import unicodedata
@@ -82,6 +83,16 @@ def test_evaluate_finds_the_images_of_a_split_where_they_are_now(
     splits["test"] = {"axe": splits["test"]["axe"]}
     (run_dir / "splits.json").write_text(json.dumps(splits), encoding="utf-8")
     assert call_main(*command) == 2 and "has no test images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "prototypes"])
+def test_places_that_are_typed_replace_those_of_the_run(command: str, run_dir: Path, tmp_path: Path) -> None:
+    moved = {name: tmp_path / name for name in ("data_root", "masks_out", "class_map")}
+    flags = itertools.chain(*((f"--{name}", str(path)) for name, path in moved.items()))
+    options = lct.choose_options(
+        lct.read_run_config(run_dir), lct.parse_command_line([command, "--run", str(run_dir), *flags])
+    )
+    assert {name: getattr(options, name) for name in moved} == moved
 
 
 def test_evaluate_takes_another_folder_and_its_foreign_classes_are_unknown(
@@ -330,7 +341,8 @@ def test_folders_without_a_usable_crop_are_not_enrolled(
     for name in ("a_broken", "яяя"):
         (added / name).mkdir()
     (added / "a_broken" / "1.png").write_bytes(b"\x89PNG cut off")
-    assert call_main("prototypes", "--run", run_dir, "--add", added, *QUIET) == 0
+    new_class(added, "blurred", 6)
+    assert call_main("prototypes", "--run", run_dir, "--add", added, "--exclude", "blurred/*", *QUIET) == 0
     assert "warning: without one usable crop, and not added: a_broken, яяя" in capsys.readouterr().out
     gallery, _ = lct.load_gallery(run_dir / "prototypes.npz")
     assert gallery.class_names[4:] == ("эскиз",) and len(gallery.knn_counts) == 5
