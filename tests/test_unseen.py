@@ -55,8 +55,9 @@ def test_a_head_sees_nothing_of_the_classes_that_it_is_trained_without() -> None
 
 
 @pytest.mark.parametrize(("spread", "least"), [(0.2, 0.9), (3.0, 0.0)])
-def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float) -> None:
+def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float, patch_used: Callable) -> None:
     job = make_job()
+    enrolment = patch_used(lct, "measure_enrolment")
     figures, scores = lct.measure_unseen(job, draw_features(job, spread))
     assert figures["classes"] == list(job.records.class_names), "each is left out once"
     assert figures["images"] == NUM_CLASSES * 10, "val and test"
@@ -77,6 +78,12 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float) 
     assert len(scores["strangers"]) == 201 and scores["strangers"] == sorted(scores["strangers"])
     for at, kept in zip(figures["enrolment"], scores["enrolled"].values(), strict=True):
         assert kept["figures"] == at and len(kept["scores"]) == len(kept["is_right"]) > 0
+    heads, is_test, *_ = enrolment.calls[0]
+    strangers = np.concatenate([head.scores[head.is_unseen & ~is_test] for head in heads])
+    assert (scores["strangers"][0], scores["strangers"][-1]) == (strangers.min(), strangers.max())
+    for head in heads:  # known val images lie around 0, also once a gallery of nearest references matches by centroids
+        medians = [np.median(own[0][~head.is_unseen & ~is_test]) for own, *_ in head.enrolled.values()]
+        np.testing.assert_allclose(medians, 0, atol=0.5)
     low, high = figures["unknown_passed"]["interval"]
     assert 0 <= low <= figures["unknown_passed"]["value"] <= high <= 1
 
@@ -146,6 +153,10 @@ def test_where_there_is_too_little_nothing_is_measured() -> None:
     for split in lct.SPLIT_NAMES:  # as in folders that people have filled: one class alone
         of_one_class = {split: features[split].take(features[split].labels == 0)}
         assert lct.measure_unseen(job, features | of_one_class) == ({}, {})
+        long = make_job(epochs=120)  # there is time for one head alone, and no image of a class that it leaves out
+        folds = np.random.default_rng((job.config.seed, 9)).permutation(NUM_CLASSES) % lct.UNSEEN_FOLDS
+        of_others = {split: features[split].take(folds[features[split].labels] > 0)}
+        assert lct.measure_unseen(long, features | of_others) == ({}, {})
     few = {split: own.take(own.labels < 4) for split, own in features.items()}
     records = job.records
     small = lct.Records(
