@@ -306,6 +306,8 @@ def test_what_answers_is_embedded_in_float32_however_the_backbone_is_trained(
     assert log.count("augmented views of") == ("cache_views" in flags), "the baseline and training share them"
     run = lct.load_run(tmp_path / "run", lct.make_runtime(0, "auto"))
     assert run.meta["precision"] == "float32"
+    dtype = lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["backbone_dtype"]
+    assert dtype == "bfloat16", "in which training goes on after an interruption"
     with np.load(tmp_path / "run" / "embeddings.npz", allow_pickle=False) as saved:
         paths, embeddings, splits = (saved[key] for key in ("paths", "embeddings", "splits"))
     assert set(splits.tolist()) == {"train", "val", "test"}
