@@ -3071,8 +3071,8 @@ def check_trainable(scan: Scan, config: Config) -> None:
         raise UserError(problem, where, remedy)
     for split in required_splits(scan.report["classes"], config):
         if not len(records.rows(split)):
-            num_groups = len(np.unique(records.groups))
-            problem = f"{len(records.labels)} images in {num_groups} groups leave none for {split}"
+            groups = count_of(len(np.unique(records.groups)), "group")
+            problem = f"{count_of(len(records.labels), 'image')} in {groups} leave none for {split}"
             regex = ", --group_regex" if config.group_regex else ""
             remedy = f"add images, or change --val_split, --test_split{regex}"
             raise UserError(problem, where, remedy if config.splits == "random" else f"put images into {split}/")

@@ -503,7 +503,7 @@ def export_best(job: Job, state: State) -> None:
     lct.create_out_dir(path.absolute().parent, "--export-backbone")
     with lct.atomic_file(path) as file:
         torch.save({"model": weights, "metadata": metadata}, file)
-    lct.write_json(path.with_suffix(".json"), metadata)
+    lct.write_json(options.sidecar, metadata)
     write_artifacts(job, state, metadata)
     job.run.log(f"exported: {path} (epoch {best['epoch']})")
 

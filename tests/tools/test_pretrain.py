@@ -662,12 +662,13 @@ def test_artifacts_are_described_as_they_are_after_a_kill_and_a_second_export(
 ) -> None:
     """Killed between the last checkpoint and its description; then exported twice; then continued in another folder."""
     places = ("pretrain_dino_face", "--train-dir", crops, *TINY, "--epochs", 1, "--output-dir", tmp_path / "run")
-    exports = [("--export-backbone", tmp_path / name) for name in ("one.pt", "two.pt")]
+    exports = [("--export-backbone", tmp_path / name) for name in ("teacher_1.5", "teacher_1.6")]
     assert nursery.run(*places, *exports[0], plans=[kill("pretrain_utils.write_artifacts", 1)])[0] == -9
     names = ["checkpoint_last.pt", "checkpoint_best.pt"]
     moved = ("--output-dir", tmp_path / "moved", "--resume", tmp_path / "run")
-    calls = [((), names), (exports[0], [*names, "one.pt"]), (exports[1], [*names, "two.pt", "one.pt"])]
-    for flags, expected in [*calls, ((), [*names, "two.pt", "one.pt"]), ((*moved, *exports[1]), [*names, "two.pt"])]:
+    both = [*names, "teacher_1.6", "teacher_1.5"]
+    calls = [((), names), (exports[0], [*names, "teacher_1.5"]), (exports[1], both), ((), both)]
+    for flags, expected in [*calls, ((*moved, *exports[1]), [*names, "teacher_1.6"])]:
         assert run_main(*places, *flags) == 0
         entries = json.loads(
             (tmp_path / ("moved" if moved[1] in flags else "run") / "artifacts.json").read_text("utf-8")
@@ -675,6 +676,7 @@ def test_artifacts_are_described_as_they_are_after_a_kill_and_a_second_export(
         assert [Path(entry["path"]).name for entry in entries["artifacts"]] == expected
         for entry in entries["artifacts"]:
             assert hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest() == entry["sha256"]
+    assert all((tmp_path / f"{name}.json").is_file() for name in ("teacher_1.5", "teacher_1.6"))
 
 
 def test_the_best_is_chosen_by_retrieval_and_never_by_the_loss(

@@ -153,6 +153,13 @@ class PretrainOptions(lct.Options):
         return {"image_size": self.image_size, "patch_size": self.patch_size, **vit}
 
     @property
+    def sidecar(self) -> Path:
+        """The .json beside --export-backbone; in a name such as face_v1.5 the dot begins no suffix."""
+        export = self.export_backbone
+        stem = export.stem if export.suffix in (".pt", ".pth") else export.name
+        return export.with_name(f"{stem}.json")
+
+    @property
     def augmentation(self) -> Augmentation:
         """The augmentation of the training views; an option is named like its field, some with `aug_` in front."""
         names = [field.name for field in dataclasses.fields(Augmentation)]
@@ -260,7 +267,7 @@ def check_output(options: PretrainOptions) -> None:
     taken = {output, *(output / name for name in FIXED_NAMES | checkpoints | logs)}
     where = options.describe("export_backbone")
     path = export.resolve()
-    if export.is_dir() or path.suffix == ".json" or {path, path.with_suffix(".json")} & taken:
+    if export.is_dir() or path.suffix == ".json" or {path, options.sidecar.resolve()} & taken:
         problem = "is a folder, is named .json, or is a file of the run itself"
         raise lct.UserError(problem, where, "give a name such as backbone.pt")
     folder = lct.existing_folder(path.parent)
@@ -268,4 +275,4 @@ def check_output(options: PretrainOptions) -> None:
         problem = f"{folder} is not a folder that can be written to"
         raise lct.UserError(problem, where, "give a place in a folder of your own")
     lct.check_replaceable(export, where)
-    lct.check_replaceable(export.with_suffix(".json"), f"{export.with_suffix('.json')}, beside --export-backbone")
+    lct.check_replaceable(options.sidecar, f"{options.sidecar}, beside --export-backbone")
