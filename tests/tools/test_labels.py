@@ -600,6 +600,7 @@ def test_label_studio_exports_yolo_of_uploaded_photos_by_names_of_its_own(tmp_pa
     """As its server 1.23 writes them; photos of the same name there are not told apart, and named."""
     (tmp_path / "labels").mkdir()
     (tmp_path / "notes.json").write_text('{"categories": [], "info": {}}')
+    (tmp_path / "a.yaml").write_text("# of something else\n" + " " * label_yolo.MAX_NAMES_BYTES)
     (tmp_path / "classes.txt").write_text("nut\nbolt\n", encoding="utf-16")  # as Notepad saves "Unicode"
     for name in ("1a2b3c4d-a_b", "0badc0de-%D0%B3", "1a2b3c4e__c", "1a2b3c4f-twice", "1a2b3c5f-twice", "1a2b3c4d-own"):
         (tmp_path / "labels" / f"{name}.txt").write_text("1 0.5 0.5 0.2 0.2\n")
@@ -673,6 +674,7 @@ def test_no_task_goes_to_a_photo_of_the_same_end(tmp_path: Path, names: list[str
         ([{"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}], "is a list of results"),
         ([{"image_id": 1, "detections": []}], "is a list of results"),
         ([{"id": 1, "image": "/a.jpg", "label": [{"x": 1, "original_width": 9}]}], "is of Label Studio's JSON-MIN"),
+        ({}, "is no COCO file"),  # an empty project of VIA looks the same
     ],
 )
 def test_json_of_another_kind_is_named(tmp_path: Path, content: object, what: str) -> None:
