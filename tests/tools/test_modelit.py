@@ -115,6 +115,7 @@ def test_off_files_as_they_are_found(text: str, faces: list) -> None:
         ("OFF\n3 1 0\n0 0 0\n1 0 x\n0 1 0\n3 0 1 2\n", "line 4: is not the three coordinates"),
         ("OFF\n3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n3 0 1 3\n", "line 7: names a vertex that is not one of 0 to 2"),
         ("OFF\n3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n4 0 1 2\n", "line 7: has 3 of the 4 corners"),
+        ("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n4 0 1 2\n", "line 6: has 3 of the 4 corners"),
     ],
 )
 def test_broken_off_files_are_named_by_line(text: str, said: str) -> None:
@@ -866,10 +867,11 @@ def test_levels_outside_the_values_and_empty_grids(
     (name,) = [
         name for name, value in payload["model"].items() if name.startswith("decoder.layers") and value.shape == (1,)
     ]
-    payload["model"][name] -= 40
-    torch.save(payload, here / "empty.pth")
-    assert generate(trained, "--checkpoint", here / "empty.pth", "--output", "empty.obj") == 2
-    assert "is empty" in capsys.readouterr().err and not (here / "empty.obj").exists()
+    for shift in (-40, float("nan")):
+        payload["model"][name] += shift
+        torch.save(payload, here / "empty.pth")
+        assert generate(trained, "--checkpoint", here / "empty.pth", "--output", "empty.obj") == 2
+        assert "is empty" in capsys.readouterr().err and not (here / "empty.obj").exists()
     assert generate(trained, "--output", "shape.xyz") == 2
     assert "is no kind of mesh" in capsys.readouterr().err
     assert generate(trained, "--output", "shape.xyz", "--format", "glb") == 0
