@@ -126,6 +126,13 @@ def read_rows(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def list_pictures(out: Path) -> list[tuple[str, str]]:
+    """Return the pictures of the review page, as data URIs, and their paths: the object, its reference, and the runner-up's."""
+    page = (out / "review.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    figures = re.findall('<figure>.*?<img src="(.*?)".*?<bdi class="path">(.*?)</bdi>', page, re.DOTALL)
+    return [(picture, html.unescape(path)) for picture, path in figures]
+
+
 def box_of(row: dict[str, str]) -> list[float]:
     return [float(row[key]) for key in ("x", "y", "width", "height")]
 
@@ -413,6 +420,8 @@ def test_photos_of_12_bits_get_the_answers_of_8(
     assert len(deep) == len(plain) > 0
     for ours, others in zip(deep, plain, strict=True):
         assert {**ours, "image": None} == {**others, "image": None}
+    ours, others = ([picture for picture, _ in list_pictures(folder)] for folder in (tmp_path / "out", labelled))
+    assert ours == others
 
 
 def test_an_enrolled_class_is_found_and_shown(
@@ -921,7 +930,8 @@ def test_a_folder_of_labels_may_be_a_link_to_another_disk_or_a_mount_point(
     monkeypatch.setattr(os, "rename", refuse_rename)
     capsys.readouterr()
     assert call_main(*words, "--overwrite") == 0
-    assert "4 of 4 images are answered already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 of 4 images are answered already" in said and "12 objects in 4 images: " in said
     (tmp_path / "out" / "yolo").rename(tmp_path / "ssd")
     (tmp_path / "out" / "yolo").symlink_to(tmp_path / "ssd")
     assert call_main(*words) == call_main(*words) == 0
@@ -941,9 +951,12 @@ def test_label_studio_is_explained_in_three_steps_that_fit_the_tasks(
     settings = dict(word.split("=") for word in shlex.split(line)[:2])
     root = Path(settings["LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT"])
     storage = re.search(r"Local files: (.*) \(", text)[1]
+    interface = (tmp_path / "out" / "labelstudio" / "config.xml").read_text()
     for task in json.loads((tmp_path / "out" / "labelstudio" / "tasks.json").read_text()):
         path = root / unquote(task["data"]["image"].partition("?d=")[2])
         assert path.is_file() and path.is_relative_to(storage) and root != Path(storage)
+        tags = {tag for item in task["predictions"][0]["result"] for tag in (item["from_name"], item["to_name"])}
+        assert all(f'name="{tag}"' in interface for tag in tags)
     assert call_main(*command(finished_run, images, tmp_path / "csv", None, "--formats", "csv")) == 0
     assert "Label Studio" not in capsys.readouterr().out
 
@@ -1067,7 +1080,7 @@ def test_the_commands_and_examples_of_the_readme_run(
 
 
 def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
-    finished_run: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_main: Callable[..., int]
+    finished_run: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_main: Callable[..., int]
 ) -> None:
     hostile = "<img src=x onerror=alert(1)> & 'q'.png"
     Scene(tmp_path / "images", [hostile, "b.png"])
@@ -1088,6 +1101,10 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
     wanted = sorted(min(abs(c - t), m) if c >= t else t - c for c, t, m in thresholds)[:10]
     assert doubts == pytest.approx(wanted, abs=6e-4)
     assert all(card.count('<img src="data:image/jpeg;base64,') == 3 for card in cards)
+    pictures = list_pictures(out)
+    assert {path for _, path in pictures[::3]} <= {hostile, "b.png"}
+    for picture, path in pictures[1::3] + pictures[2::3]:
+        assert picture == prelabel._make_picture(drawn_data / path)
     assert (
         "<script" not in page
         and "onerror=alert(1)> &" not in page
