@@ -370,7 +370,7 @@ def test_crops_have_the_area_and_place_that_is_asked_for() -> None:
     ramp = np.zeros((64, 64, 3), np.uint8)
     ramp[..., 0] = np.arange(64)[None] * 4
     ramp[..., 1] = np.arange(64)[:, None] * 4
-    image = torch.from_numpy(ramp)[None].permute(0, 3, 1, 2)
+    image = views.Images(["ramp.png"], ramp[None]).read(0)
     how = views.Augmentation(16, 8, 0, (0.2, 0.3), (0.2, 0.3), hflip_prob=0.5)
     areas, mirrored, lefts = [], [], []
     for number in range(300):
@@ -395,6 +395,10 @@ def test_masks_are_blocks_of_the_share_that_is_asked_for() -> None:
     for ratio in (0.05, 0.7):
         masks = np.stack([views.draw_block_mask(np.random.default_rng(n), 14, ratio) for n in range(300)])
         assert masks.mean(1)[masks.any(1)].mean() == pytest.approx(ratio, abs=0.02)
+    masks = np.stack([views.draw_block_mask(np.random.default_rng(n), 14, 0.05) for n in range(600)])
+    sides = np.stack([masks.reshape(-1, 14, 14).any(axis).sum(1) for axis in (1, 2)], axis=1)
+    blocks = sides[masks.any(1) & (masks.sum(1) == sides.prod(1))]  # single ones
+    assert (blocks.max(1) >= 2 * blocks.min(1)).mean() > 0.25, "they are not square"
 
 
 # --- measures
@@ -445,6 +449,8 @@ def test_a_run_leaves_what_the_documentation_says(finished: Path, crops: Path) -
     iterations = [record for record in records if record["event"] == "iteration"]
     assert [record["step"] for record in iterations] == [1, 2, 3, 4, 5, 6]
     assert all(record["loss"] > 0 and record["loss_patch"] >= 0 and "lr" in record for record in iterations)
+    saved = torch.load(run / "checkpoint_last.pt", weights_only=True)
+    assert iterations[-1]["lr"] == saved["optimizer"]["param_groups"][0]["lr"], "that of the step, not of the next"
     ends = [record for record in records if record["event"] == "epoch_end"]
     assert [record["epoch"] for record in ends] == [1, 2, 3]
     for record in ends:
@@ -489,6 +495,7 @@ def test_the_export_is_the_best_teacher_with_its_geometry(finished: Path, tmp_pa
         ("file::{}/run/checkpoint_last.pt:slt_vitsmall_patch16", "is no exported backbone: it has no model"),
         ("file::{}/text.pt:slt_vitsmall_patch16", "metadata.geometry.depth is of type str, not int"),
         ("file::{}/heads.pt:slt_vitsmall_patch16", "its geometry makes no model: integer modulo by zero"),
+        ("file::{}/width.pt:slt_vitsmall_patch16", "its geometry makes no model: "),
         ("file::{}/number.pt:slt_vitsmall_patch16", "model.cls_token is of type int, not Tensor"),
         ("file::{}/nan.pt:slt_vitsmall_patch16", "holds values that are not finite, in norm.bias"),
     ],
@@ -498,6 +505,7 @@ def test_other_backbones_are_refused_by_name(finished: Path, spec: str, said: st
         "lacking": ("model", {"cls_token": None}),
         "text": ("geometry", {"depth": "1"}),
         "heads": ("geometry", {"num_heads": 0}),
+        "width": ("geometry", {"embed_dim": -16}),
         "number": ("model", {"cls_token": 1}),
         "nan": ("model", {"norm.bias": torch.full((16,), math.nan)}),
     }
@@ -806,6 +814,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_pa
     assert (options.checkpoint_best_name, options.checkpoint_history_file) == ("b.pt", "h.jsonl")
     assert (options.experiment_name, options.experiment_tag) == ("n", ("z",))
     assert options.image_size == 32 and options.warmup_epochs == pytest.approx(3.6)
+    assert options.origins["image_size"] == "--preset small"
     path = path.with_suffix(".json")
     path.write_text('{"learning_rat": 1}')
     with pytest.raises(lct.UserError, match=r"learning_rat: is no known key\n  did you mean learning_rate"):
@@ -957,6 +966,7 @@ def test_a_run_with_other_settings_or_a_foreign_checkpoint_is_refused(
     error = capsys.readouterr().err
     assert "vit_depth: 1 -> 2" in error and "log_interval" not in error and "--output-dir" in error
     saved = torch.load(out / "checkpoint_last.pt", weights_only=True)
+    assert saved.keys() == {"format", *pretrain_utils.CHECKPOINT_FORM}, "a checkpoint without one of them is refused"
     del saved["optimizer"]["param_groups"][1:]
     torch.save(saved, out / "checkpoint_last.pt")
     assert start(crops, out, "--epochs", 1) == 2
