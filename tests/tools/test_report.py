@@ -3,6 +3,7 @@
 import base64
 import csv
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -364,6 +365,7 @@ def test_no_test_split_shows_val_and_says_so(tmp_path: Path) -> None:
     assert text.count("No test split") >= 4 and '<h1 class="plain">' in text
     tiles = read_tiles(text)
     assert tiles["Accuracy"] == "0.600" and tiles["Classifier accuracy"] == "0.602"
+    assert text.count("the classifier, val") == 2, "macro F1 and macro ROC AUC"
 
 
 def test_without_the_figures_of_each_class_there_are_dashes(tmp_path: Path) -> None:
@@ -657,6 +659,28 @@ def test_the_map_rings_the_wrong_test_images(tmp_path: Path) -> None:
         assert bool(is_error) == (row is not None and row["answer"] != row["class"]) == ("taken for" in title)
 
 
+def test_each_point_of_the_map_shows_its_own_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_page, "MAP_SPRITE_COLUMNS", 10)  # 36 pictures in four rows
+    run = MadeRun(tmp_path)
+    text = make_page(run.write())
+    (uri,) = re.findall(r"url\(data:image/jpeg;base64,(.*?)\)", text)
+    sprite = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("L"), float)
+    points = re.findall(r'--thumb: (.*?)% (.*?)%"[^>]*?(\d/\d+\.png)', text)
+    assert len(points) == 36
+    for across, down, path in points:
+        left, top = round(float(across) / 100 * 9) * 48, round(float(down) / 100 * 3) * 48
+        cell = sprite[top : top + 48, left : left + 48]
+        is_broken = run.paths.index(path) % 6 == 0
+        wanted = (
+            Image.new("RGB", (48, 48), (128, 128, 128))
+            if is_broken
+            else run_files.load_thumbnail(run.data / path, 48, ())
+        )
+        margins = [(48 - side) // 2 for side in wanted.size]
+        cell = cell[margins[1] : margins[1] + wanted.height, margins[0] : margins[0] + wanted.width]
+        assert np.abs(cell - np.asarray(wanted.convert("L"), float)).mean() < 20, path
+
+
 @pytest.mark.parametrize("low, high", [(0.3, 0.58), (2.49, 11.7), (0.999, 1.0), (0.5, 0.5), (0, 1234), (-1e-7, 3e-7)])
 def test_ticks_are_round_and_enclose_the_figures(low: float, high: float) -> None:
     ticks = report_page.make_ticks(low, high)
@@ -854,6 +878,7 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
 def test_masks_are_counted_and_refused_ones_named(tmp_path: Path) -> None:
     text = section(make_page(MadeRun(tmp_path).write()), "data")
     assert "17, 4 of them drawn by SAM-2" in text and "m/hammer — hammer" in text and "Refused masks" in text
+    assert re.findall(r"Groups of (exact|near) duplicates</dt>\s*<dd>(\d)", text) == [("exact", "0"), ("near", "1")]
 
 
 def test_words_for_figures_are_those_of_the_script() -> None:
@@ -1002,6 +1027,7 @@ def test_the_best_of_a_row_is_of_figures_of_one_split(pair: Callable[..., str], 
 
 def test_the_best_detector_is_of_the_same_unknown_objects(tmp_path: Path) -> None:
     measured = measure_drawn(tmp_path)
+    measured["thresholds"]["coverage"]["value"] = 0.75  # of an answer above its threshold, 1.0 are right
     figures = measured["open_set"]
     others = (
         {**figures, "auroc": {"value": 0.5}},
@@ -1011,8 +1037,10 @@ def test_the_best_detector_is_of_the_same_unknown_objects(tmp_path: Path) -> Non
     for run, open_set in zip(runs, (figures, *others), strict=True):
         run.events.append({"event": "measured", **measured, "open_set": open_set})
         run.write()
+    values = [f"{measured['thresholds'][key]['value']:.3f}" for key in ("coverage", "precision")]
     for other, count in zip(runs[1:], (1, 0), strict=True):
         text = section(make_page(runs[0].path, other.path, out=tmp_path / "compare.html"), "figures")
+        assert re.findall(r"(?:Answered above thresholds|Right among those).*?<span>(.*?)<", text) == values
         assert text.count('class="best"') == count and other.events[-1]["open_set"]["source"] in text
 
 
