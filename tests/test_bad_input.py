@@ -178,6 +178,13 @@ def test_a_class_that_is_left_out_may_be_the_unknown(tmp_path, small_data, call_
     assert call_main(*words, "--unknown_dir", small_data / "hammer") == 0, capsys.readouterr().err
 
 
+def test_a_folder_whose_name_begins_that_of_the_data_holds_none_of_them(tmp_path, small_data, call_main, capsys):
+    root = shutil.copytree(small_data, tmp_path / "crops_2")
+    unknown = shutil.copytree(small_data / "hammer", tmp_path / "crops")
+    words = ("scan", "--data_root", root, "--out_dir", tmp_path / "scan", "--unknown_dir", unknown)
+    assert call_main(*words) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["train", "scan"])
 def test_data_inside_out_dir_is_never_moved_aside(tmp_path, refuse, command):
     root = make_dataset(tmp_path / "project" / "data", {"a": 3, "b": 3})
