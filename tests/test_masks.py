@@ -263,6 +263,7 @@ def test_a_crop_with_alpha_is_its_own_mask_and_an_opaque_one_is_no_problem(tree:
     assert reasons(found) == {} and found.report["masks"]["own_alpha"] == 1
     row = [found.records.paths[i] for i in range(3)].index("a/own.png")
     assert (lct.load_crop(found.records, row, 1)[1][:, :20] == 255).all()
+    assert lct.is_alpha_file("masks/venetian.png", "mask") and lct.is_alpha_file("masks/cropped/venetian.png", "masks")
 
 
 @pytest.mark.parametrize("kind", ["gray", "black", "blur", "mean", "random"])

@@ -133,11 +133,11 @@ def test_undecodable_names_are_named_problems(tmp_path):
 def test_things_named_like_images_are_problems_and_nothing_hangs(tmp_path):
     make_dataset(tmp_path / "data", {"a": 3, "b": 3})
     (tmp_path / "data/a/folder.jpg").mkdir()
-    os.mkfifo(tmp_path / "data/a/pipe.jpg")
+    os.mkfifo(tmp_path / "data/a/pipe.JPG")
     (tmp_path / "data/b/gone.jpg").symlink_to("nowhere")
     found = scan(tmp_path / "data", tmp_path / "run")
     problems = {item["path"]: item["reason"] for item in found.report["quarantined"]}
-    assert set(problems) == {"a/folder.jpg", "a/pipe.jpg", "b/gone.jpg"} and all(problems.values())
+    assert set(problems) == {"a/folder.jpg", "a/pipe.JPG", "b/gone.jpg"} and all(problems.values())
     assert found.report["num_usable"] == 6 and found.report["num_images"] == 9
     assert found.report["classes"]["a"]["quarantined"] == 2
 

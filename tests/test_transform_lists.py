@@ -202,6 +202,8 @@ def test_normalize_sets_what_the_device_subtracts(call_main: Any, small_data: Pa
     half, lists = [0.5, 0.5, 0.5], "[{type: to_tensor}, {type: normalize, mean: [.5, .5, .5], std: [.5, .5, .5]}]"
     config = lct.parse_command_line(["--post_transforms", lists])
     assert lct.given_normalization(config) == (tuple(half), tuple(half))
+    plain = lct.parse_command_line(["--post_transforms", "[{type: normalize, mean: [0, 0, 0], std: [1, 1, 1]}]"])
+    assert lct.given_normalization(plain) == ((0.0,) * 3, (1.0,) * 3)
     for text in ("[{type: normalize}]", "[{type: normalize, always_apply: true}]"):
         assert lct.given_normalization(lct.parse_command_line(["--post_transforms", text])) == ((), ())
     with pytest.raises(lct.UserError, match=r"(?s)post_transforms\[1\].* give one mean and std"):
