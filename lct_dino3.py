@@ -8775,7 +8775,7 @@ def plan_run(
         epoch = point.payload["epoch"]
         events = read_events(config.out_dir)
         is_completed = bool(events) and events[-1].get("status") == "completed"
-        damage = list_damaged_files(config.out_dir, records) if is_completed else []
+        damage = list_damaged_files(config.out_dir) if is_completed else []
         if is_completed and not damage and has_ended(config, epoch, point.payload["best"]):
             more = "more --epochs" if epoch >= config.epochs else f"a --patience above {config.patience}"
             show(f"the run in {config.out_dir} is finished: {epoch} epochs, see {config.out_dir / 'report.html'}")
@@ -8801,40 +8801,36 @@ def plan_run(
     return job, backbone, notes
 
 
-def list_damaged_files(out_dir: Path, records: Records) -> list[str]:
+def list_damaged_files(out_dir: Path) -> list[str]:
     """Return one sentence for each missing or damaged file of a finished run, and one on what follows; [] if there is none."""
+    since_export = itertools.takewhile(lambda event: event["event"] != "proto_end", reversed(read_events(out_dir)))
+    last = {event["event"]: event for event in since_export}
+    num_rows: dict[str, Any] = {}
+    if test := last.get("test_end"):
+        num_rows["predictions.csv"] = test.get("views", test.get("images"))  # older runs do not count views
+    if views := last.get("test_views"):
+        num_rows["predictions_by_view.csv"] = len(VIEW_NAMES) * views["images"]
 
-    def check_rows(path: Path, num_rows: int) -> None:
+    def check_rows(path: Path) -> None:
         with open(path, encoding="utf-8", newline="") as file:
             rows = [None not in row.values() for row in csv.DictReader(file, strict=True)]
-        if len(rows) != num_rows or not all(rows):
-            raise ValueError(f"has {sum(rows)} whole rows of {num_rows}")
-
-    def check_predictions(path: Path) -> None:
-        with np.load(out_dir / "embeddings.npz", allow_pickle=False) as content:
-            num_rows = int((content["splits"] == "test").sum())
-        check_rows(path, num_rows)
+        if len(rows) != num_rows[path.name] or not all(rows):
+            raise ValueError(f"has {sum(rows)} whole rows of {num_rows[path.name]}")
 
     checks: dict[str, Callable[[Path], Any]] = {
         "config.json": lambda path: read_run_config(path.parent),
         BEST_NAME: load_checkpoint,
         "prototypes.npz": load_gallery,
         "embeddings.npz": check_zip,
+        **dict.fromkeys(num_rows, check_rows),
     }
-    if len(records.rows("test")):
-        checks["predictions.csv"] = check_predictions
-    of_last_end = itertools.takewhile(lambda event: event["event"] != "proto_end", reversed(read_events(out_dir)))
-    if views := [event["images"] for event in of_last_end if event["event"] == "test_views"]:
-        checks["predictions_by_view.csv"] = lambda path: check_rows(path, 2 * views[0])
     damage = []
     for name, check in checks.items():
-        if name == "predictions.csv" and any(line.startswith("embeddings.npz") for line in damage):
-            continue  # without embeddings.npz the number of rows is unknown
         try:
             if not (out_dir / name).is_file():
                 raise UserError("is no regular file" if os.path.lexists(out_dir / name) else "is missing")
             check(out_dir / name)
-        except (UserError, OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile) as error:
+        except (UserError, OSError, ValueError, csv.Error, zipfile.BadZipFile) as error:
             damage.append(f"{name}: {getattr(error, 'what', error)}")
     return [*damage, "what a finished run leaves is made anew"] if damage else []
 
@@ -9065,7 +9061,8 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         num_images = len(np.unique(test.rows))  # with --crop_mode mix, an image has two views
         trained_right = image_accuracy(records, test.rows, gallery.answer(test.values)[0] == test.labels)
         judgement = judge_training(state.baseline, state.frozen_right, trained_right)
-        scored = {"classifier": classifier, "prototypes": prototypes, "per_class": per_class, "images": num_images}
+        counts = {"images": num_images, "views": len(test.rows)}
+        scored = {"classifier": classifier, "prototypes": prototypes, "per_class": per_class, **counts}
         accuracies = np.array([value for path, value in trained_right.items() if path not in state.sessions])
         pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
         sessions = {"acc": none_if_nan(mean_of_defined(accuracies)), "images": len(accuracies), "pairs": pairs}
