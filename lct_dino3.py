@@ -2140,7 +2140,18 @@ class Records:
     image_bits: tuple[int, ...] = ()  # from `find_image_bits`
     # Mask or cutout of each record, or the crop itself if its alpha is the mask; relative to root or absolute; '' without a mask.
     masks: np.ndarray | None = None  # (N,) STRINGS; None = not looked for
-    masks_hash: str = ""  # over names and contents of all masks; '' without masks
+    digests: np.ndarray | None = None  # (N, 2) uint64, of the contents of image and mask; 0 = gone, or no mask
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the paths and contents of the images."""
+        return fingerprint(list(self.paths), self.digests[:, 0])
+
+    @property
+    def masks_hash(self) -> str:
+        """Hash of the names and contents of the masks; '' without masks."""
+        rows = np.flatnonzero(self.has_mask).tolist()
+        return fingerprint({self.masks[row]: self.digests[row, 1] for row in rows}) if rows else ""
 
     @property
     def has_mask(self) -> np.ndarray:
@@ -2162,7 +2173,6 @@ class Scan:
 
     records: Records
     report: dict[str, Any]
-    fingerprint: str  # hash of the paths and contents of all usable images
     listing: Listing
     crops: np.ndarray  # (N,) IMAGE_DTYPE, of each record
     memory: FileMemory  # of out_dir; `save` writes the results of the scan
@@ -2206,7 +2216,10 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     groups = find_components(len(paths), edges)
     splits = choose_splits(paths, labels, groups, config)
     table = np.array(paths, dtype=STRINGS)
-    records = Records(config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits)
+    digests = np.stack((crops["digest"], np.zeros_like(crops["digest"])), axis=1)
+    records = Records(
+        config.data_root, names, table, labels, groups, splits, config.masks_dirname, image_bits, None, digests
+    )
     used = take_fraction(records, config.data_fraction, config.seed, splits_path)
     folders_are_splits, own_groups = config.splits == "from_folders", np.arange(len(used.paths))
     # Val and test images that share a group with a training image, in the folders' splits or if groups were ignored.
@@ -2240,7 +2253,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     report["warnings"] += notes
     chosen = set(used.paths)
     used_crops = crops[[path in chosen for path in paths]]
-    return Scan(used, report, fingerprint(list(paths), crops["digest"]), listing, used_crops, memory)
+    return Scan(used, report, listing, used_crops, memory)
 
 
 def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Counter[str]]:
@@ -2852,7 +2865,7 @@ def take_fraction(records: Records, fraction: float, seed: int, splits_path: Pat
         table = read_splits(splits_path)
         chosen = {path for split in SPLIT_NAMES for paths in table[split].values() for path in paths}
         is_used[:] = [path in chosen for path in records.paths]
-    arrays = {name: getattr(records, name)[is_used] for name in ("paths", "labels", "groups", "splits")}
+    arrays = {name: getattr(records, name)[is_used] for name in ("paths", "labels", "groups", "splits", "digests")}
     return dataclasses.replace(records, **arrays)
 
 
@@ -3177,26 +3190,28 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
         for name, items in table[split].items():
             rows += [(class_names.index(name), item, split_index) for item in items]
     labels, paths, splits = zip(*sorted(rows), strict=True) if rows else ((), (), ())
-    scanned = list(records.paths)
-    group_of = dict(zip(scanned, records.groups.tolist(), strict=True))
-    mask_of = {scanned[row]: records.masks[row] for row in np.flatnonzero(records.has_mask).tolist()}
+    row_of = {path: row for row, path in enumerate(records.paths)}
+    scanned_rows = np.array([row_of.get(path, -1) for path in paths], dtype=np.int64)
     listed, notes = set(paths), []
-    if gone := [item for item in paths if item not in group_of]:
+    if gone := [path for path in paths if path not in row_of]:
         notes.append(f"{count_of(len(gone), 'image')} of this run's split gone or broken now, e.g. {gone[0]}")
-    if new := [item for item in scanned if item not in listed]:
+    if new := [path for path in row_of if path not in listed]:
         notes.append(f"{count_of(len(new), 'image')} new since this run was started, and out of it, e.g. {new[0]}")
-    if table.get("masks_hash", "") != records.masks_hash:
-        notes.append("the masks or the masked images are not those that this run was started with")
-    first_free = max(group_of.values(), default=-1) + 1  # with --data_fraction, groups have gaps
-    groups = [group_of.get(item, first_free + index) for index, item in enumerate(paths)]
-    return dataclasses.replace(
+    first_free = records.groups.max(initial=-1) + 1  # with --data_fraction, groups have gaps
+    own_groups = first_free + np.arange(len(paths))
+    masks = [records.mask_of(row, 1) if row >= 0 else "" for row in scanned_rows.tolist()]
+    reused = dataclasses.replace(
         records,
         paths=np.array(paths, dtype=STRINGS),
         labels=np.array(labels, dtype=np.int32),
-        groups=np.array(groups, dtype=np.int32),
+        groups=np.where(scanned_rows < 0, own_groups, np.append(records.groups, 0)[scanned_rows]).astype(np.int32),
         splits=np.array(splits, dtype=np.int8),
-        masks=np.array([mask_of.get(item, "") for item in paths], dtype=STRINGS),
-    ), notes
+        masks=np.array(masks, dtype=STRINGS),
+        digests=np.append(records.digests, np.zeros((1, 2), np.uint64), axis=0)[scanned_rows],
+    )
+    if table.get("masks_hash", "") != reused.masks_hash:
+        notes.append("the masks or the masked images are not those that this run was started with")
+    return reused, notes
 
 
 def read_splits(path: Path) -> dict[str, Any]:
@@ -3274,9 +3289,9 @@ def attach_masks(scan: Scan, config: Config) -> Scan:
         "not_made": not_made,
     }
     report["classes"] = {name: row | classes[name] for name, row in report["classes"].items()}
-    digests = {path: mask_rows[path]["digest"] for path in masks if path}
-    masks_hash = fingerprint(digests) if digests else ""
-    records = dataclasses.replace(records, masks=np.array(masks, dtype=STRINGS), masks_hash=masks_hash)
+    mask_digests = np.array([mask_rows[path]["digest"] if path else 0 for path in masks], np.uint64)
+    digests = np.stack((records.digests[:, 0], mask_digests), axis=1)
+    records = dataclasses.replace(records, masks=np.array(masks, dtype=STRINGS), digests=digests)
     return dataclasses.replace(scan, records=records, report=report)
 
 
@@ -7425,7 +7440,6 @@ class Job:
     runtime: Runtime
     run: RunDirectory | None  # None until the folder is opened; other ranks get a ReadOnlyRunDirectory
     info: BackboneInfo
-    fingerprint: str = ""  # of the data set
     backgrounds: Backgrounds | None = None
     store: SquareStore | None = None  # crops that are decoded already
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> reason; failed after the scan
@@ -7628,7 +7642,7 @@ class ViewCache:
         maker = {  # everything that the features depend on
             "format": CHECKPOINT_FORMAT,
             "identity": self._job.identity,
-            "data": [self._job.fingerprint, self._job.records.masks_hash],
+            "data": [self._job.records.fingerprint, self._job.records.masks_hash],
             "dtype": str(self._backbone.dtype),
             "versions": list_versions(),
             "shape": list(self._shape),
@@ -8781,21 +8795,21 @@ def plan_run(
             show(f"the run in {config.out_dir} is finished: {epoch} epochs, see {config.out_dir / 'report.html'}")
             show(f"to train on, give {more}; to start afresh, --overwrite")
             flags = {f"--{name}" for name in GALLERY_OPTIONS}
-            late = [note for note in describe_changes(config, scan.fingerprint) if note.split()[0] in flags]
+            late = [note for note in describe_changes(config, records.fingerprint) if note.split()[0] in flags]
             if late:
                 command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.out_dir))}"
                 show("\n".join([*late, f"for a gallery made with that, give it to {command}"]))
             if not (config.out_dir / "report.html").is_file():
                 show(f"to have its report, python {SCRIPT_NAME} report {shlex.quote(str(config.out_dir))}")
             return None
-        notes += describe_changes(config, scan.fingerprint) + damage
+        notes += describe_changes(config, records.fingerprint) + damage
     backbone, info = build_for_training(config, runtime)
     if config.cache_views is None:  # cache views where possible, if that saves forward passes
         size = 2 * CACHED_VIEWS * len(records.rows("train")) * info.feature_dim
         is_possible = not config.trains_backbone and config.mixing == "none" and config.epochs > CACHED_VIEWS
         has_room = is_possible and size <= free_disk(config.out_dir) / 4
         config = dataclasses.replace(config, cache_views=CACHED_VIEWS if has_room else 0)
-    job = Job(config, records, runtime, None, info, scan.fingerprint, backgrounds)
+    job = Job(config, records, runtime, None, info, backgrounds)
     if point:
         check_identity(point.path, point.payload["identity"], job.identity, ineffective_options(job.config))
     return job, backbone, notes
@@ -8879,7 +8893,7 @@ def open_run(job: Job, scan: Scan, notes: Sequence[str]) -> None:
         "schedule": config.scheduler,
         "loss": config.criterion,
         "data": {
-            "fingerprint": job.fingerprint,
+            "fingerprint": records.fingerprint,
             "masks_hash": records.masks_hash,
             "images": len(records.paths),
             "classes": list(records.class_names),

@@ -484,9 +484,13 @@ def test_masks_that_changed_since_the_run_was_started_are_named_when_it_is_conti
     first = scan(root).records
     lct.write_splits(tmp_path / "splits.json", first, 42)
     assert lct.reuse_splits(tmp_path / "splits.json", scan(root).records)[1] == []
+    for folder, name in (("cropped", "new"), ("masks", "new_mask")):  # out of the run, and so is its mask
+        shutil.copy(root / f"bolt/{folder}/{name.replace('new', '00')}.png", root / f"bolt/{folder}/{name}.png")
+    (note,) = lct.reuse_splits(tmp_path / "splits.json", scan(root).records)[1]
+    assert "1 image new since" in note
     draw_object(0, 99)[1].save(root / "bolt/masks/00_mask.png")
     again, notes = lct.reuse_splits(tmp_path / "splits.json", scan(root).records)
-    assert notes == ["the masks or the masked images are not those that this run was started with"]
+    assert notes == [note, "the masks or the masked images are not those that this run was started with"]
     assert again.has_mask.all() and [again.masks[i] for i in range(12)] == [first.masks[i] for i in range(12)]
 
 

@@ -270,19 +270,17 @@ def test_splits_are_read_back_as_they_were_written(written):
     again, notes = lct.reuse_splits(path, records)
     assert same_records(again, records) and notes == []
     shuffled = lct.assign_splits(records.labels, records.groups, SHARES, 7)
-    other = make_like(records, shuffled)
+    other = dataclasses.replace(records, splits=shuffled)
     assert not np.array_equal(shuffled, records.splits)
     assert same_records(lct.reuse_splits(path, other)[0], records)  # the file decides, not today's split
-
-
-def make_like(records: lct.Records, splits: np.ndarray) -> lct.Records:
-    return lct.Records(records.root, records.class_names, records.paths, records.labels, records.groups, splits)
 
 
 def test_vanished_files_keep_their_place_and_new_ones_stay_out(written):
     records, path, config = written
     gone, new = records.paths[4], config.data_root / "a b" / "0002b.png"
     new.write_bytes((config.data_root / "молоток" / "0001.png").read_bytes())
+    again, (note,) = lct.reuse_splits(path, lct.scan_dataset(config).records)
+    assert "a b/0002b.png" in note and again.fingerprint == records.fingerprint, "the images of the run are the same"
     (config.data_root / gone).unlink()
     again, notes = lct.reuse_splits(path, lct.scan_dataset(config).records)
     assert list(again.paths) == list(records.paths)
@@ -290,6 +288,7 @@ def test_vanished_files_keep_their_place_and_new_ones_stay_out(written):
     assert len(notes) == 2 and f"1 image of this run's split gone or broken now, e.g. {gone}" in notes[0]
     assert "a b/0002b.png" in notes[1]
     assert len(again.groups) == 16 and len(np.unique(again.groups)) == 16
+    assert again.fingerprint != records.fingerprint
 
 
 def test_other_classes_than_the_run_had_are_refused(written):

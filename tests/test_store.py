@@ -49,7 +49,7 @@ class Run:
         self.scan = lct.attach_masks(lct.scan_dataset(config, squares=filled), config)
         info = lct.BackboneInfo("", "", "", 1, SIDE, "avg", (0.5,) * 3, (0.5,) * 3, "bicubic")
         with lct.RunDirectory(config.out_dir) as run:
-            job = lct.Job(config, self.scan.records, lct.training_runtime(config), run, info, self.scan.fingerprint)
+            job = lct.Job(config, self.scan.records, lct.training_runtime(config), run, info)
             self.scan.memory.save()
             self.store = lct.open_store(job, self.squares)
         self.job = dataclasses.replace(job, run=None, store=self.store)

@@ -42,7 +42,7 @@ def open_cache(data: Path, **options: object) -> tuple[lct.ViewCache, lct.Job, l
     backbone, info = lct.build_backbone(config, print)
     backbone.freeze()
     with lct.RunDirectory(config.out_dir) as run:
-        job = lct.Job(config, scan.records, lct.training_runtime(config), run, info, scan.fingerprint)
+        job = lct.Job(config, scan.records, lct.training_runtime(config), run, info)
         clean = lct.FeatureBank(job, backbone).get("train")
         return lct.ViewCache(job, backbone, clean), job, backbone, clean
 

@@ -67,7 +67,7 @@ def make_job(precision: str, cache_views: int = 0) -> tuple[lct.Job, lct.TrainSt
     scan = lct.scan_dataset(config, squares=squares if lct.scan_fills_squares(config) else None)
     backbone, info = lct.build_backbone(config, print)
     runtime = lct.training_runtime(config)
-    job = lct.Job(config, scan.records, runtime, lct.RunDirectory(config.out_dir), info, scan.fingerprint)
+    job = lct.Job(config, scan.records, runtime, lct.RunDirectory(config.out_dir), info)
     job = dataclasses.replace(job, store=lct.open_store(job, squares))
     model = lct.build_recognizer(config, 4, backbone, info)
     return job, lct.start_state(model, config, runtime)
