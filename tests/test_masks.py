@@ -455,6 +455,8 @@ def test_mix_runs_on_half_the_masks_and_reports_both_views(
     for row in rows + pairs:
         assert (root / row["mask"]).is_file() if row["path"] in with_mask else row["mask"] == ""
         assert Path(row["mask"]).stem in ("", f"{Path(row['path']).stem}_mask")
+    saved = np.load(tmp_path / "run/embeddings.npz", allow_pickle=False)
+    assert {Path(path).stem for path in saved["masks"]} == {"", *(f"{number:02d}_mask" for number in range(0, 12, 2))}
     disagree = sum(answers[path, "bbox"] != answers[path, "mask"] for path in with_mask)
     assert events["test_views"][0]["disagree"] == disagree
     meta = json.loads(str(gallery["meta"]))
