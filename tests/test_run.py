@@ -169,7 +169,8 @@ def test_the_script_alone_makes_a_run_that_is_whole_without_its_report(small_dat
 
 
 def assert_whole_without_report(run: Path, said: str) -> None:
-    assert f"no report: {said}" in (run / "train.log").read_text("utf-8")
+    log = (run / "train.log").read_text("utf-8")
+    assert f"no report: {said}" in log and "report.html" not in log
     assert (run / "predictions.csv").is_file() and not (run / "report.html").exists()
     assert lct.read_events(run)[-1]["status"] == "completed"
 
@@ -389,6 +390,7 @@ def test_an_image_that_vanishes_during_the_run_costs_that_image(
     assert train(call_main, root, tmp_path / "run", "--epochs", 2, "--cache_crops", room) == 0
     log = (tmp_path / "run" / "train.log").read_text("utf-8")
     assert log.count("cannot be read any more") == missed
+    assert (f"warning: {missed} images or masks could not be used as they were scanned" in log) == bool(missed)
     assert lct.read_events(tmp_path / "run")[-1]["status"] == "completed"
 
 
