@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, draw_image, shrink_config
 from PIL import Image
-from test_masks import make_masked_dataset
+from test_masks import make_masked_dataset, scan
 
 import lct_dino3 as lct
 
@@ -442,6 +442,14 @@ def test_masks_that_exist_are_never_touched(config: masks.MaskOptions, asked: li
     assert outcomes == refused == generate(config, [])
 
 
+def test_a_mask_is_not_named_like_that_of_a_crop_that_is_left_out(tmp_path: Path) -> None:
+    root = make_masked_dataset(tmp_path / "data", 3)
+    (root / "bolt/masks").rename(tmp_path / "masks")
+    draw_image(0).save(root / "bolt/cropped/00.jpg")
+    requests = masks.request_masks(scan(root, exclude=("*.jpg",)), masks.MaskOptions(data_root=root))
+    assert [request.target.name for request in requests] == ["00.png_mask.png", "01_mask.png", "02_mask.png"]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 def test_a_broken_image_costs_that_image(config: masks.MaskOptions, asked: list[bytes]) -> None:
     broken, *good = make_requests(config)
@@ -781,12 +789,14 @@ def test_where_no_mask_is_missing_nothing_needs_sam2(
     assert call_main(*words, main=masks.main) == 2, "to draw, it needs a checkpoint"
     assert call_main(*words, "--no-draw", main=masks.main) == 0
     assert Image.open(out_dir / "masks_preview.png").height > 600
+    for path in (root / "nut/cropped/00.png", root / "nut/masks/00_mask.png"):
+        Image.open(path).resize((96, 48)).save(path)
     sheets = []
     monkeypatch.setattr(masks, "PREVIEW_SIDE", 5)  # for crops as small as these, a photo is large
     monkeypatch.setattr(masks, "write_masks_preview", lambda _, items, *__: sheets.append(items))
     assert call_main(*words, "--no-draw", main=masks.main) == 0
-    assert {item.image.shape for item in sheets[0]} == {(24, 24, 3)}, "a sheet of large photos fits into memory"
-    assert {item.mask.shape for item in sheets[0]} == {(24, 24)}
+    shapes = {(item.image.shape, item.mask.shape) for item in sheets[0]}
+    assert shapes == {((side, 24, 3), (side, 24)) for side in (24, 12)}, "a sheet of large photos fits into memory"
     assert (out_dir / "data_report.json").read_bytes() == before and not (out_dir / "masks.jsonl").exists()
 
 
