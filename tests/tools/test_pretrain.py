@@ -264,12 +264,15 @@ def test_it_is_the_teacher_that_is_judged() -> None:
     pairs = torch.cat([held_out.collate([held_out[views.ViewKey(0, n)] for n in range(4)]).global_views] * 3, dim=1)
     pixels = pairs[0]
     labelled = pretrain_utils.Data(None, None, "", data.LabelledImages(pixels, np.arange(12) % 4, ""), None)
-    figures = pretrain_utils.evaluate(make_job(options, data=labelled, held_out_views=pairs[:, :4]), state)
+    job = make_job(options, data=labelled, held_out_views=pairs[:, :4])
+    figures = pretrain_utils.evaluate(job, state)
     first, second = (state.teacher.encode(part[None, :4])[0, :, 0] for part in pairs)
     assert figures["retrieval"] == measures.two_view_retrieval(first, second)
     answers = (state.teacher.head(torch.cat([first, second])) / options.teacher_temp).softmax(-1)
     assert figures["information"] == pytest.approx(losses.mutual_information(answers), rel=1e-4)
     assert figures["knn_class"] == figures["knn_patch"] == 1.0  # each crop stands there three times
+    patches = state.teacher.encode(pixels[None])[0, :, 1:]
+    torch.testing.assert_close(pretrain_utils.embed(job, state.teacher, pixels)[1], patches.mean(dim=1))
 
 
 # --- schedules
@@ -775,6 +778,18 @@ def test_a_lack_of_memory_names_the_flags_of_this_tool(
     patch_used(pretrain_utils, "compute_losses", fail)
     assert start(crops, tmp_path / "run") == 2
     assert "lower --batch-size or --image-size, and start" in capsys.readouterr().err
+
+
+def test_with_amp_it_computes_in_bf16_and_without_in_float32(crops: Path, tmp_path: Path, patch_used: Callable) -> None:
+    used = []
+
+    def stop(job: pretrain_utils.Job, *_: object) -> None:
+        used.append(job.runtime.dtype)
+        raise MemoryError
+
+    patch_used(pretrain_utils, "compute_losses", stop)
+    assert [start(crops, tmp_path / "run", *flags) for flags in ((), ("--amp",))] == [2, 2]
+    assert used == [torch.float32, torch.bfloat16]
 
 
 def test_a_run_can_start_from_an_export(crops: Path, finished: Path, capsys: pytest.CaptureFixture) -> None:
