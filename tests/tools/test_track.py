@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import html
 import http.server
@@ -282,6 +283,25 @@ def test_a_killed_run_is_recorded_and_not_waited_for(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(line for line in lines if '"run_end"' not in line), encoding="utf-8")
     said = record(run, "--tensorboard", timeout=30)
     assert said.endswith("the process of the run has gone\n") and read_board(run).Scalars("acc/val")
+
+
+def test_a_process_of_another_user_is_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert track.is_running(1, is_child=False)
+
+
+def test_a_tracker_that_ctrl_c_ends_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(track, "follow", interrupt)
+    options = argparse.Namespace(run=tmp_path, tensorboard=True, clearml=False, pid=None)
+    assert track.record_run(options) == 0 and capfd.readouterr().out.endswith(f"recorded: {tmp_path}, interrupted\n")
 
 
 def test_what_cannot_be_recorded_costs_a_sentence(run: Path, tmp_path: Path, no_server: dict[str, str]) -> None:
