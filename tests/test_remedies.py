@@ -336,7 +336,7 @@ def test_a_stored_option_is_checked_as_one_in_a_config_file(
         {"step": "x"},
         {"seconds": None},
         {"baseline": {}},
-        {"tally": 5},
+        {"tally": {"losses": 5}},
         {"optimizer": {"state": {}, "param_groups": []}},
     ],
 )
