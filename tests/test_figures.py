@@ -400,6 +400,8 @@ def test_features_weigh_as_much_as_val_allows(run: Run) -> None:
         return (is_right[:, None] * (scores.max(axis=1)[:, None] > strange)).mean()
 
     assert run.gallery["feature_projection"].shape[1]
+    train = run.features(run.best, "train").numpy()
+    np.testing.assert_allclose(run.gallery["feature_mean"], train.mean(axis=0), atol=1e-5)
     allowed = [weight for weight in (0.3, 0.5, 0.7) if quality(weight) >= quality(0) - 0.01]
     assert run.gallery["feature_weight"] == pytest.approx(max(allowed, default=0))
     assert run.event("proto_end")["feature_weight"] == pytest.approx(max(allowed, default=0))
