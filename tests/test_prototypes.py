@@ -174,6 +174,10 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
         make_records(80), make_embedded(20, 1, spread=0.1), make_embedded(20, 2, spread=0.1), lct.Config()
     )
     assert easy.matcher == "centroid", "a tie goes to the simpler"
+    hard = (make_records(80), make_embedded(20, 1, spread=2.0), make_embedded(20, 2, spread=2.0))
+    both = [lct.build_gallery(*hard, lct.Config(matcher=matcher)) for matcher in ("centroid", "knn")]
+    counts, expected = (gallery.knn_counts.tolist() for gallery in both)
+    assert counts == expected != [1] * 4, "k is chosen even where centroids match: its accuracy is given beside theirs"
 
 
 def test_a_gallery_with_enrolled_classes_answers_by_centroids_as_they_were_calibrated(tmp_path: Path) -> None:
