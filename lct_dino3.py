@@ -8728,9 +8728,9 @@ def prepare_run(
     refuse_if_in_use(config.out_dir)
     point = find_resume_point(config.out_dir, config.resume, config.overwrite)
     splits_path = point and point.path.with_name("splits.json")
-    if point:  # as found when the run began, whatever images there are now; older checkpoints do not say
-        image_bits = point.payload["identity"].setdefault("image_bits", list(config.image_bits))
-        config = dataclasses.replace(config, image_bits=config.image_bits or tuple(image_bits))
+    identity = point.payload["identity"] if point else {}
+    if "image_bits" in identity:  # as found when the run began, whatever images there are now
+        config = dataclasses.replace(config, image_bits=config.image_bits or tuple(identity["image_bits"]))
     probe_model(config)  # a mistyped model should not cost a scan
     check_optimizer(config)
     if config.unknown_dir is not None:
@@ -8740,8 +8740,9 @@ def prepare_run(
     if config.auto_generate_masks and config.sam2_ckpt is None:
         show("--auto_generate_masks has no --sam2_ckpt: if a crop lacks a mask, the run ends after the scan")
     scan = scan_dataset(config, splits_path, squares if scan_fills_squares(config) else None)
-    if not point:  # later starts and commands have to read the images of this run in the same way
+    if "image_bits" not in identity:  # a new run, or an older checkpoint; later starts and commands keep this
         config = dataclasses.replace(config, image_bits=scan.records.image_bits)
+        identity["image_bits"] = list(config.image_bits)
     with keep_memory(scan.memory):
         scan = attach_masks(scan, config)
         plan = plan_run(config, runtime, scan, scan_backgrounds(config, scan.memory), point)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_RUN, draw_image, image_bytes, make_dataset, snapshot
 from PIL import Image, ImageOps
 
@@ -827,6 +828,12 @@ def test_a_run_reads_its_images_as_when_it_began_whatever_images_come_later(
     assert json.loads((tmp_path / "run/config.json").read_text("utf-8"))["options"]["image_bits"] == [12]
     assert call_main(*argv, "--epochs", 3, "--image_bits", 16) == 2
     assert "image_bits: [12] -> [16]" in capsys.readouterr().err
+    (tmp_path / "data/a_12/new.png").unlink()
+    payload = lct.load_checkpoint(tmp_path / "run/checkpoint_last.pth")
+    del payload["identity"]["image_bits"]  # as in older checkpoints, whose runs find them again
+    torch.save(payload, tmp_path / "run/checkpoint_last.pth")
+    assert call_main(*argv, "--epochs", 3) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text("utf-8"))["options"]["image_bits"] == [12]
 
 
 def test_a_deep_image_that_fails_at_its_second_reading_is_named(tmp_path: Path, patch_used) -> None:
