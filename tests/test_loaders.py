@@ -104,8 +104,12 @@ def test_balanced_epochs_show_every_class_equally_and_rotate_through_it(records:
 
 def test_repetitions_of_an_image_in_one_epoch_are_augmented_differently(records: lct.Records) -> None:
     config = lct.Config(batch=4, balanced_per_class=True, samples_per_class=12)
-    keys = [key for batch in lct.EpochSampler(records.rows("train"), records.labels, config) for key in batch]
+    sampler = lct.EpochSampler(records.rows("train"), records.labels, config)
+    batches = list(sampler)
+    keys = [key for batch in batches for key in batch]
     assert len({key.row for key in keys}) == 21 and len({(key.row, key.seed) for key in keys}) == len(keys) == 36
+    sampler.start_at(0, 5)
+    assert list(sampler) == batches[5:], "also where an epoch goes on"
 
 
 def test_a_loader_that_lost_a_worker_ends_before_the_next_one_starts(
