@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import drawn_scenes
 import numpy as np
@@ -127,6 +128,9 @@ def test_masks_out_is_searched_after_data_root(tree: Path, tmp_path: Path) -> No
     found = scan(tree, masks_out=tmp_path / "made")
     assert mask_of(found, "a/1.jpg") == str(tmp_path / "made/a/masks/1_mask.png")
     assert lct.load_crop(found.records, 0, 1)[1] is not None
+    run = SimpleNamespace(config=lct.Config(), path=tmp_path / "run")
+    command = lct.EvaluateOptions(run=run.path, data_root=tree, masks_out=tmp_path / "made")
+    assert lct.scan_for_run(run, tree, command).records.has_mask.all(), "of another folder too"
     put(tree / "a/masks/1.png")
     assert mask_of(scan(tree, masks_out=tmp_path / "made"), "a/1.jpg") == "a/masks/1.png"
 

@@ -128,6 +128,9 @@ def test_the_offset_of_few_crops_leans_on_the_spread_of_val() -> None:
         expected = ((count - 1) * spread + 2 * 0.5) / (count + 1)
         assert lct.enrolment_offsets((0.3, 0.5), stacks, 1)[0] == pytest.approx((expected - 0.3) / 4, abs=1e-6)
         assert lct.enrolment_offsets((0.0, 0.0), stacks, 1).tolist() == [0]
+    val = make_embedded(1, 1)  # no class of it has a spread
+    gallery = lct.build_gallery(make_records(36), make_embedded(9, 0), val, lct.Config())
+    assert lct.calibrate(gallery, val, 0.95, None, {}, torch.float32).spreads == (0.0, 0.0)
 
 
 def test_references_cover_the_views_of_a_class_and_not_its_outlier() -> None:

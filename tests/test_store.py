@@ -275,6 +275,14 @@ def test_a_disk_that_fills_up_gets_its_room_back(data: Path, at: str, monkeypatc
     assert len(load(run.job, run.job.training_crops(), 0)[0]) == len(run.rows("train"))
 
 
+def test_a_square_that_is_written_in_part_is_not_kept(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the last one is before a disk is full."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, square, place: pwrite(file, square.tobytes()[:-1], place))
+    assert Run(data).store is None
+    assert "No space left on device" in (data.parent / "run/train.log").read_text(encoding="utf-8")
+
+
 # --- squares in whole runs
 
 
