@@ -406,8 +406,16 @@ def test_a_class_whose_training_images_vanish_is_named_and_costs_the_class(
         for row in job.records.rows("train")[job.records.labels[job.records.rows("train")] == 1].tolist():
             (root / job.records.paths[row]).unlink()
 
+    batches, save_epoch = [], lct.save_epoch
+
+    def note_position(job: lct.Job, state: lct.TrainState, *rest: Any) -> None:
+        batches.append(state.batches)
+        save_epoch(job, state, *rest)
+
     monkeypatch.setattr(lct, "open_run", lose_a_class)
-    assert train(call_main, root, tmp_path / "run", "--epochs", 1, "--cache_crops", 0) == 0
+    monkeypatch.setattr(lct, "save_epoch", note_position)
+    assert train(call_main, root, tmp_path / "run", "--epochs", 1, "--cache_crops", 0, "--batch", 2) == 0
+    assert batches == [8], "those without a readable image count"
     log = (tmp_path / "run" / "train.log").read_text("utf-8")
     assert "without a readable training image, and never recognised: b\n" in log
     baseline = next(event for event in lct.read_events(tmp_path / "run") if event["event"] == "baseline_end")
@@ -419,6 +427,28 @@ def test_a_class_whose_training_images_vanish_is_named_and_costs_the_class(
     capsys.readouterr()
     assert call_main("prototypes", "--run", tmp_path / "run", "--gpus", 0, "--workers", 0) == 0
     assert "never recognised: b\n" in capsys.readouterr().out
+
+
+def test_the_state_is_saved_each_time_that_save_minutes_have_passed(
+    data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is made to go on by 1,000 seconds a step."""
+    saved, steps = [], []
+    monotonic, train_step, save_state = time.monotonic, lct.train_step, lct.save_state
+
+    def note_step(*values: Any) -> Any:
+        steps.append(1)
+        return train_step(*values)
+
+    def note_saving(job: lct.Job, state: lct.TrainState) -> None:
+        saved.append(state.batches)
+        save_state(job, state)
+
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 1000 * len(steps))
+    monkeypatch.setattr(lct, "train_step", note_step)
+    monkeypatch.setattr(lct, "save_state", note_saving)
+    assert train(call_main, data, tmp_path / "run", "--epochs", 1, "--batch", 4, "--save_minutes", 50) == 0
+    assert len(steps) == 7 and saved == [0, 3, 6, 7]
 
 
 def test_without_a_test_split_there_is_no_test(data: Path, tmp_path: Path, call_main: Main) -> None:
