@@ -103,7 +103,9 @@ def test_every_view_comes_in_its_turn_and_is_what_it_says(data: Path, crop_mode:
 
 def test_an_interrupted_cache_is_continued_and_one_of_other_settings_is_not(data: Path) -> None:
     path = data.parent / "run" / "cached_views.f16"
-    images = len(open_cache(data)[1].records.rows("train"))
+    cache, job, *_ = open_cache(data)
+    images = len(job.records.rows("train"))
+    assert np.array_equal(cache.sample().values.ravel(), np.fromfile(path, np.float16)), "each view but the clean one"
     whole, noted = path.read_bytes(), json.loads(path.with_suffix(".json").read_text("utf-8"))
     row_bytes = len(whole) // (2 * images)
     assert noted["done"] == 2 * images
