@@ -64,7 +64,9 @@ def test_defaults_are_those_of_the_design():
         "lr": 1e-3, "img_size": 224, "workers": None, "seed": 42, "val_split": 0.2, "test_split": 0.1, "save_every": 5,
         "max_refs_per_class": None, "gpus": None, "min_per_class": 3, "samples_per_class": 300, "freeze_backbone": True,
         "clearml_project": "DINOv3-Embeddings", "arc_scale": 30.0, "arc_margin": 0.30, "best_metric": "acc",
-        "balanced_per_class": False, "use_clearml": False,
+        "balanced_per_class": False, "use_clearml": False, "heads": 4, "criterion": "arcface", "label_smoothing": 0.0,
+        "optimizer": "adamw", "lr_type": "two_lrs", "layer_decay": 1.0, "drop_path": 0.0, "mixing": "none", "aug_start_p": 1.0,
+        "aug_end_p": 1.0, "insert_background_p": 0.0, "ema_decay": 0.0, "accumulate_grad_batches": 1, "unfreeze_blocks": 0,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in design} == design
 
@@ -139,6 +141,7 @@ def test_a_word_like_nothing_points_to_the_help():
         ("img_size", "4"),
         ("img_size", "100000"),
         ("emb_dim", "1"),
+        ("heads", "0"),
         ("seed", "-1"),
         ("seed", "99999999999"),
         ("gpus", "-1"),

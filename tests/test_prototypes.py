@@ -409,6 +409,12 @@ def test_where_all_answers_are_right_or_wrong_the_f1_is_no_surer_than_the_accura
             assert figures["f1_macro"]["value"] == value and high - low == pytest.approx(3.84 / (36 + 3.84), abs=1e-3)
 
 
+def test_the_last_class_but_one_is_not_removed() -> None:
+    gallery = lct.build_gallery(make_records(18, 2), make_embedded(9, 0, 2), make_embedded(9, 1, 2), lct.Config())
+    with pytest.raises(lct.UserError, match="would leave one class only"):
+        lct.remove_class(gallery, "class 0")
+
+
 def test_a_class_taken_out_is_scored_by_the_others() -> None:
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
     val = make_embedded(10, 1)

@@ -429,6 +429,12 @@ def test_a_class_whose_training_images_vanish_is_named_and_costs_the_class(
     assert "never recognised: b\n" in capsys.readouterr().out
 
 
+def test_training_images_that_are_all_gone_are_told() -> None:
+    job = SimpleNamespace(records=SimpleNamespace(class_names=("a", "b"), root=Path("data")))
+    with pytest.raises(lct.UserError, match="none of the training images can be read any more"):
+        lct.score_epoch(job, SimpleNamespace(tally=lct.Tally()), {})
+
+
 def test_the_state_is_saved_each_time_that_save_minutes_have_passed(
     data: Path, tmp_path: Path, call_main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
