@@ -56,7 +56,7 @@ def make_events(names: tuple[str, ...], num_epochs: int, has_test: bool) -> list
         events.append({"event": "epoch_end", "time": 1.0, "epoch": epoch, "lr": 1e-3, "train": train, "val": val,
                        "train_per_class": per_class, "val_per_class": per_class, "seconds": 1.5})  # fmt: skip
     events.append({"event": "best_update", "time": 1.0, "epoch": num_epochs, "metric": "val_acc", "value": val["acc"]})
-    matched = {"refs": 1021, "prototypes": 43, "matcher": "knn", "knn_k": 5, "feature_weight": 0.5}
+    matched = {"refs": 1021, "prototypes": 43, "matcher": "knn", "knn_k": 5, "feature_weight": 0.25}
     events.append({"event": "proto_end", "time": 1.0, **matched})
     if has_test:
         prototypes = {"acc": 0.7123, "f1_macro": 0.7234, "auc_macro": 0.8345, "recall_at_1": 0.7456}
@@ -210,7 +210,8 @@ def test_the_page_shows_the_figures_of_the_events(tmp_path: Path) -> None:
                                 "Classifier accuracy": "0.701", "Best epoch": "3", "Images": "36", "Classes": "3"}  # fmt: skip
     assert '<h1 class="good">Training helped</h1>' in text and "0.544 (+16.8 points)" in text
     assert re.findall(r'class="right">(.*?)</span></div>', text) == ["0.712", "0.701", "0.544", "0.522", "0.511"]
-    assert "2026-01-02 03:04 UTC" in text and "mean of the 5 nearest references of a class; 50% of a cosine" in text
+    assert "2026-01-02 03:04 UTC" in text and "mean of the 5 nearest references of a class; 25% of a cosine" in text
+    assert "<small>12 images each</small>" in text and "and 0 more" not in text
 
 
 def test_it_runs_as_a_program_without_torch_or_anything_of_ours(tmp_path: Path) -> None:
@@ -517,11 +518,15 @@ def test_a_class_without_a_reference_lacks_no_picture(tmp_path: Path) -> None:
     assert pictures.uri(run_files.Shot("", "")) is None and not pictures.missing
 
 
-def test_a_page_does_not_lie_among_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_does_not_lie_among_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = MadeRun(tmp_path)
     out = tmp_path / "data" / "page.html"
     folder = run.write()
-    assert f"lies inside data_root {run.data}" in refuse(capsys, folder, "--out", out)
+    monkeypatch.chdir(run.data)
+    for place in (out, "page.html"):
+        assert f"lies inside data_root {run.data}" in refuse(capsys, folder, "--out", place)
     run.data.rename(tmp_path / "moved")
     run.options["data_root"] = str(tmp_path)  # where the run trained, in a container
     assert report.main([str(run.write()), "--data_root", str(tmp_path / "moved")]) == 0
@@ -615,6 +620,7 @@ def test_confusion_matrix_has_every_test_image(quick_map: None, tmp_path: Path, 
     text = section(make_page(run.write()), "confusion")
     if num_classes > report_page.MAX_MATRIX_CLASSES:
         assert "too many for a readable matrix" in text and text.count("taken for") == 50
+        assert {*re.findall(r'class="right">(\d+) <span class="note">of (\d+)<', text)} == {("1", "2")}
     else:
         cells = re.findall(r'class="(hit|miss)[^>]*title="[^:]*: (\d+) of 2', text)
         assert sorted(cells) == [("hit", "1")] * num_classes + [("miss", "1")] * num_classes
@@ -653,6 +659,7 @@ def test_the_map_rings_the_wrong_test_images(tmp_path: Path) -> None:
     text = section(make_page(run.write()), "map")
     points = re.findall(r'<i class="pt c(\d) (\w+)( error)?" style="[^"]*" title="([^"]*)">', text)
     assert len(points) == 36 and "Rings mark the 3 wrong test images" in text
+    assert re.findall(r"<small>(\d+) ?</small></button>", text) == ["12"] * 3, "images of each class, of all splits"
     for label, split, is_error, title in points:
         row = next((row for row in run.rows if title.endswith(row["path"])), None)
         assert (split == "test") == (row is not None) and title.startswith(PLAIN[int(label)])
@@ -830,7 +837,7 @@ def test_a_picture_that_is_a_pipe_or_a_bomb_is_only_missing(tmp_path: Path) -> N
     assert load_picture(run, "0/3.png", "bbox") is None
 
 
-def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
+def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = MadeRun(tmp_path)
     count = len(run.paths)
     run.rows += [row | {"view": "mask"} for row in run.rows]
@@ -842,6 +849,8 @@ def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path) -> None:
     assert "Views of test images by prototype matching" in section(text, "confusion")
     assert "36 images" in text and "prototypes, 6 test images" in text and "1,021, 43 prototypes" in text
     assert section(text, "map").count('<i class="pt c') == 72
+    monkeypatch.setattr(report_page, "MAP_MAX_POINTS", 40)
+    assert "40 of 72 views, the same share" in section(make_page(run.path), "map")
 
 
 def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
@@ -921,7 +930,8 @@ def test_runs_are_compared_on_their_common_test_images(pair: Callable[..., str])
     assert part.count("<article") == 3 and part.count('class="bad"') == 2 + 2 and part.count('class="good"') == 2
 
 
-def test_a_run_that_is_ahead_is_named(tmp_path: Path) -> None:
+def test_a_run_that_is_ahead_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_comparison, "MAX_CARDS", 8)
     names = tuple(f"class {i:02d}" for i in range(20))
     runs = [MadeRun(tmp_path / name, names) for name in "ab"]
     text = make_page(*(run.write() for run in runs), out=tmp_path / "same.html")
@@ -931,6 +941,7 @@ def test_a_run_that_is_ahead_is_named(tmp_path: Path) -> None:
     text = make_page(*(run.write() for run in runs), out=tmp_path / "compare.html")
     assert '<h1 class="good">b/run is ahead of a/run</h1>' in text
     assert "b/run is right on 20 of them where a/run is wrong, and a/run on 0" in " ".join(text.split())
+    assert text.count("<article") == 8 and "and 12 more images" in text
 
 
 def test_the_sign_test_is_scipys() -> None:
