@@ -697,7 +697,7 @@ YOLO_KINDS = {
     "box, confidence": ([f"0 {BOX} 0.87", f"0 {BOX} 1", f"0 {BOX} 0.87"], [0.87, 1.0, 0.87]),
     "box, track id": ([f"0 {BOX} 1", f"0 {BOX} 2"], [None, None]),
     "box, one or the other": ([f"0 {BOX} 1"], [None]),
-    "box, confidence, track id": ([f"0 {BOX} 0.87 1", f"0 {BOX} 0.5 12", f"0 {BOX} 0.25"], [0.87, 0.5, 0.25]),
+    "box, confidence, track id": ([f"0 {BOX} 0.87 1", f"0 {BOX} 1 12", f"0 {BOX} 0.25"], [0.87, 1.0, 0.25]),
     "box, two keypoints": ([f"0 {BOX} 0.2 0.2 1 0.3 0.3 1"], [None]),
     "box, five keypoints, one unseen": ([f"0 {BOX}{' 0.2 0.2 2' * 4} 0 0 0", f"0 {BOX}"], [None, None]),
     "corners": ([f"0 {CORNERS}"], [None]),
