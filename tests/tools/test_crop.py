@@ -676,6 +676,7 @@ def test_unknown_crops_alone_are_explained(photos: Path, tmp_path: Path, call_ma
 def test_problems_are_named_one_by_one(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
     (photos / "c.gif").write_bytes(b"GIF89a")
     (photos / "bench" / "film.mp4").write_bytes(b"x")
+    os.mkfifo(photos / "pipe.jpg")
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 no")
     draw_photo((50, 40), 1).save(photos / "other size.png")
     content = json.loads(write_coco(tmp_path).read_text())
@@ -702,10 +703,10 @@ def test_problems_are_named_one_by_one(photos: Path, tmp_path: Path, call_main: 
     for _ in range(2):  # a second call knows them too
         assert call_main(*command(photos, source, out)) == 0
         text = capsys.readouterr().out
-        assert "passed over, as they are no images: 1 .gif, 1 .mp4" in text and f"{len(odd) + 1} problems" in text
+        assert "passed over, as they are no images: 1 .gif, 1 .mp4" in text and f"{len(odd) + 2} problems" in text
         problems = read_problems(out)
-        assert len(problems) == len(odd) + 1
-        for start in ("c.gif", *(words for _, words in odd)):
+        assert len(problems) == len(odd) + 2
+        for start in ("c.gif", "pipe.jpg", *(words for _, words in odd)):
             assert any(problem.startswith(start) for problem in problems), (start, problems)
         assert len(read_records(out)) == 6
 
