@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import dataset_loader
 import meshes
@@ -187,12 +188,14 @@ def test_paths_that_lead_out_are_refused(name: str, said: str, tmp_path: Path) -
     assert not list(tmp_path.rglob("*.off"))
 
 
-def test_links_bombs_doubles_and_damage_are_refused(tmp_path: Path) -> None:
+def test_links_bombs_doubles_and_damage_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_loader, "MAX_UNPACKED_BYTES", 15_000_000)
     link = zipfile.ZipInfo("link.off")
     link.external_attr = 0o120777 << 16
     archives = {
         "is a link": make_zip({link: "/etc/passwd"}),
         "would unpack to": make_zip({"bomb.off": b"\0" * 30_000_000}),
+        "is far too large": make_zip({name: b"\0" * 10_000_000 for name in ("one.off", "two.off")}),
         "is damaged": make_zip({"fine.off": "OFF\n" * 1000, "other.off": "OFF"}).replace(b"PK\x01\x02", b"PK\x01\x03"),
     }
     with pytest.warns(UserWarning):
@@ -327,6 +330,16 @@ def test_a_window_that_cannot_be_is_a_sentence(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "PyQt5", None)
     with pytest.raises(lct.UserError, match="pip install PyQt5"):
         dataset_loader.select_local_dataset()
+
+
+def test_a_window_that_is_closed_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = MagicMock()
+    monkeypatch.setitem(sys.modules, "PyQt5", window)
+    monkeypatch.setitem(sys.modules, "PyQt5.QtWidgets", window)
+    monkeypatch.setenv("DISPLAY", ":0")
+    for answer, folder in (("", None), ("/meshes", Path("/meshes"))):
+        window.QFileDialog.getExistingDirectory.return_value = answer
+        assert dataset_loader.select_local_dataset() == folder
 
 
 def test_links_name_a_source_or_say_why_not() -> None:
