@@ -1,6 +1,7 @@
 """tools/demo.py: same bytes every time, exact masks, odd files readable, broken files not; and the whole demo."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -124,6 +125,16 @@ def test_tools_differ_by_make_and_fill_their_frame(class_name: str) -> None:
         assert all(side.any() for side in (mask[:2], mask[-2:], mask[:, :2], mask[:, -2:])), "not tight"
         assert 0.05 < (mask > 0).mean() < 0.9
     assert len(shapes) == 20
+
+
+def test_a_tool_lies_where_its_mask_says() -> None:
+    make, stock = drawn_tools.TOOLS["screwdriver"]
+    dark = {"bench": Image.new("RGB", (drawn_scenes._BENCH_PX,) * 2), "recess": None, "shadow": (1.0, 1.0, 0.0)}
+    for seed in range(1, 5):
+        rng = np.random.default_rng(seed)
+        scene = dataclasses.replace(drawn_scenes._make_scene(rng), **dark)
+        image, mask = drawn_scenes._draw_frame(rng, make(rng, stock), scene)
+        assert ((image.max(axis=2) > 40) != (mask > 0)).sum() < 0.1 * (mask > 0).sum(), seed
 
 
 @pytest.fixture(scope="module")
