@@ -228,7 +228,7 @@ def test_patches_are_learned_from_the_teacher_at_masked_places_alone() -> None:
     )  # fmt: skip
 
 
-def test_a_step_freezes_the_last_layer_clips_and_weighs_the_losses() -> None:
+def test_a_step_freezes_the_last_layer_clips_and_weighs_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     options = apply_preset(pretrain_utils.PretrainOptions(preset="small", algorithm="ibot"))
     options = lct.dataclasses.replace(options, clip_grad_norm=1e-3, freeze_last_layer_epochs=1.0, num_local_crops=1)
     job = make_job(options, schedule=pretrain_utils.Schedule(options, steps_per_epoch=1))
@@ -240,7 +240,10 @@ def test_a_step_freezes_the_last_layer_clips_and_weighs_the_losses() -> None:
     )
     batch = views.ViewBatch(*crops, torch.rand(2, 6, 16, generator=generator) < 0.3)
     before = {name: value.clone() for name, value in state.student.named_parameters()}
+    koleo_loss, spread = losses.koleo_loss, []
+    monkeypatch.setattr(losses, "koleo_loss", lambda tokens: spread.append(koleo_loss(tokens)) or spread[-1])
     figures = dict(zip(pretrain_utils.TALLY, pretrain_utils.train_step(job, state, batch).tolist(), strict=True))
+    assert len({value.item() for value in spread}) == 2, "of both global views"
     weighted = figures["loss_class"] + 0.3 * figures["loss_patch"] + 0.1 * figures["koleo"]
     assert figures["loss"] == pytest.approx(weighted) and figures["loss_patch"] > 0 and figures["koleo"] != 0
     gradients = {name: p.grad for name, p in state.student.named_parameters() if p.grad is not None}
@@ -345,6 +348,10 @@ def test_blur_and_solarisation_do_what_they_say() -> None:
     )  # fmt: skip
     assert blurred.std() < 0.8 * plain.std() and abs(blurred.mean() - plain.mean()) < 3
     np.testing.assert_array_equal(solarised, np.where(plain >= 128, 255 - plain, plain))
+    blur = views.Augmentation(**how, global_crop_scale=scale, local_crop_scale=scale, gaussian_blur_prob=1.0)
+    small = image[:, :, :28, :28]
+    blurred = blur.draw_view(small, 28, scale, np.random.default_rng(4))
+    assert blurred.std() > 0.9 * small.float().std(), "as of a view of 224 px that is shrunk"
 
 
 def test_colours_change_as_torchvision_changes_them() -> None:
@@ -831,9 +838,12 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_pa
     assert options.image_size == 32 and options.warmup_epochs == pytest.approx(3.6)
     assert options.origins["image_size"] == "--preset small"
     path = path.with_suffix(".json")
-    path.write_text('{"learning_rat": 1}')
-    with pytest.raises(lct.UserError, match=r"learning_rat: is no known key\n  did you mean learning_rate"):
-        lct.parse_options(pretrain_dino_face.FaceOptions, ["--config", str(path)], "pretrain_dino_face")
+    refusals = {"learning_rat": r"is no known key\n  did you mean learning_rate"}
+    refusals |= dict.fromkeys(("resume", "overwrite", "dry_run"), "belongs on the command line")
+    for key, said in refusals.items():
+        path.write_text(json.dumps({key: 1}))
+        with pytest.raises(lct.UserError, match=f"{key}: {said}"):
+            lct.parse_options(pretrain_dino_face.FaceOptions, ["--config", str(path)], "pretrain_dino_face")
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
@@ -856,6 +866,13 @@ def test_defaults_are_those_of_the_documentation() -> None:
     words = "--no-dataset-shuffle --use-sinkhorn --sinkhorn-iters 3 --koleo-weight 0.1 --aug-mean 0 0 0 --aug-std 1 1 1"
     options = lct.parse_options(pretrain_dino_face.FaceOptions, words.split(), "x")
     assert (options.dataset_shuffle, options.use_sinkhorn, options.koleo_weight) == (False, True, 0.1)
+
+
+@pytest.mark.parametrize("name", ["pretrain_dino_face", "pretrain_dino_hands"])
+def test_help_names_its_own_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_main(name, "--help")
+    assert f"{name}.py" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -1032,6 +1049,8 @@ def test_a_run_continues_only_with_its_own_labelled_crops_and_its_own_best(
     labelled = make_dataset(tmp_path / "labelled", {"a": 3, "b": 3})
     assert start(crops, out, "--epochs", 1, "--knn-dir", labelled) == 0
     labelled.rename(tmp_path / "moved")
+    for path in (tmp_path / "moved").rglob("*"):
+        os.utime(path, (0, 0))  # as a copy may have other times
     assert start(crops, out, "--epochs", 1, "--knn-dir", tmp_path / "moved") == 0
     assert start(crops, out, "--epochs", 1, "--knn-dir", crops) == 2
     assert f"{out / 'checkpoint_last.pt'}: belongs to a run with other" in (error := capsys.readouterr().err)
@@ -1073,6 +1092,8 @@ def test_what_is_ahead_of_a_named_checkpoint_is_set_aside(
     assert "ahead of older.pt: checkpoint_best.pt, checkpoint_last.pt" in (out / "train.log").read_text("utf-8")
     assert epochs_of("*.old-*") == {"checkpoint_last": 2, "checkpoint_best": 2}
     assert epochs_of("*.pt") == {"checkpoint_last": 2, "checkpoint_best": 1}
+    found = [record["value"] for record in lct.read_events(out) if record["event"] == "best"]
+    assert found == [0.4, 0.4], "none of what was given up"
 
 
 # --- together with the rest
