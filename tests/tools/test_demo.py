@@ -135,6 +135,9 @@ def test_a_tool_lies_where_its_mask_says() -> None:
         scene = dataclasses.replace(drawn_scenes._make_scene(rng), **dark)
         image, mask = drawn_scenes._draw_frame(rng, make(rng, stock), scene)
         assert ((image.max(axis=2) > 40) != (mask > 0)).sum() < 0.1 * (mask > 0).sum(), seed
+        pale = dataclasses.replace(scene, bench=Image.new("RGB", scene.bench.size, "white"))
+        image, mask = drawn_scenes._draw_frame(rng, make(rng, stock), pale)
+        assert image[mask == 0].min() > 40, "the bench is as large as the crop"
 
 
 @pytest.fixture(scope="module")
