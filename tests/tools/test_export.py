@@ -311,6 +311,8 @@ def test_a_folder_for_a_file_crops_that_are_gone_and_a_model_too_large_cost_one_
     place = ("--data_root", tmp_path / "empty", "--out", tmp_path / "m.onnx")
     assert call_main("export", "--run", run_dir, *place) == 2
     assert "--data_root" in capsys.readouterr().err
+    assert call_main("export", "--run", run_dir, *place[:2], "--out", tmp_path / "empty" / "m.onnx") == 2
+    assert "m.onnx: lies inside data_root" in capsys.readouterr().err
     monkeypatch.setattr(export, "MAX_ONNX_BYTES", 1000)  # a ViT-H+ has 3.4 GB
     assert call_main("export", "--run", run_dir, "--out", tmp_path / "m.onnx") == 2
     assert "give --format safetensors" in capsys.readouterr().err
