@@ -217,6 +217,12 @@ def test_label_studio_accepts_every_task(labelled: Path, scene: Scene) -> None:
     assert len(tasks) == len(NAMES)  # the empty one too
 
 
+def test_a_task_of_label_studio_is_sorted_by_its_least_certain_object(labelled: Path) -> None:
+    for task in json.loads((labelled / "labelstudio" / "tasks.json").read_text(encoding="utf-8")):
+        (prediction,) = task["predictions"]
+        assert prediction.get("score") == min((region["score"] for region in prediction["result"]), default=None)
+
+
 def test_yolo_lists_its_confidences_apart(labelled: Path, scene: Scene) -> None:
     by_image: dict[str, list[dict[str, str]]] = {}
     for row in read_rows(labelled):
@@ -1090,6 +1096,7 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
         boxes = "".join(f"0 {x} {y} 0.08 0.3\n" for x, y in grid)  # 24 x 72 px
         (tmp_path / "yolo" / f"{stem}.txt").write_text(boxes + "0 9 9 1 1\n")
     monkeypatch.setattr(prelabel, "REVIEW_CARDS", 10)
+    monkeypatch.setattr(prelabel, "REVIEW_PROBLEMS", 1)
     out = tmp_path / "out"
     assert call_main(*command(finished_run, tmp_path / "images", out, tmp_path / "yolo")) == 0
     page = (out / "review.html").read_text(encoding="utf-8")
@@ -1101,6 +1108,8 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
     wanted = sorted(min(abs(c - t), m) if c >= t else t - c for c, t, m in thresholds)[:10]
     assert doubts == pytest.approx(wanted, abs=6e-4)
     assert all(card.count('<img src="data:image/jpeg;base64,') == 3 for card in cards)
+    captions = [('class="name none"' in card, "most similar" in card, "proposed" in card) for card in cards]
+    assert {*captions} == {(True, True, False), (False, False, True)}
     pictures = list_pictures(out)
     assert {path for _, path in pictures[::3]} <= {hostile, "b.png"}
     for picture, path in pictures[1::3] + pictures[2::3]:
@@ -1112,7 +1121,7 @@ def test_the_review_page_shows_the_least_certain_first_and_runs_nothing(
     )
     assert "default-src 'none'" in page and not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert "<b>ключ" not in page and "&lt;b&gt;ключ" in page
-    assert "2 images or objects have no answer" in page
+    assert "2 images or objects have no answer" in page and "and 1 more, in problems.json" in page
     assert [probe(out / "review.html", FITS, width) for width in (400, 1000, 1600)] == ["true,true"] * 3
 
 
