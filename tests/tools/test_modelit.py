@@ -624,6 +624,7 @@ def test_checkpoints_that_do_not_fit_cost_one_sentence(
         {"architecture": less},
         {"discriminator": dict(list(payload["discriminator"].items())[1:])},
         {"text": {"encoder": "letters", "pretrained": ""}},
+        {"identity": None},
     ):
         path = spoil(**changes)
         for flags in (("--mode", "generate"), ("--mode", "train", "--dataset", toys, *TINY)):
@@ -885,11 +886,12 @@ def test_a_dot_in_the_name_of_a_mesh_is_kept_and_a_kind_of_mesh_replaced(trained
         assert {path.name for path in here.iterdir()} - before == {written}
 
 
-def test_an_analysis_is_that_of_numpy(trained: Path, here: Path) -> None:
+def test_an_analysis_is_that_of_numpy(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["a chair", "a table, round", "chairs", "лампа"]
     (here / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     command = ("modelit", "--mode", "analyze", "--checkpoint", trained / "vae_gan_test.pth")
     assert run_main(*command, "--prompts", "prompts.txt") == 0
+    said = capsys.readouterr().out
     tables = {}
     for name in ("embeddings", "cosine", "pca"):
         with open(here / "rez" / "analysis" / f"{name}.csv", encoding="utf-8", newline="") as file:
@@ -900,7 +902,9 @@ def test_an_analysis_is_that_of_numpy(trained: Path, here: Path) -> None:
     np.testing.assert_allclose(tables["cosine"], vectors @ vectors.T, atol=1e-5)
     from sklearn.decomposition import PCA
 
-    np.testing.assert_allclose(np.abs(tables["pca"]), np.abs(PCA(2).fit_transform(vectors)), atol=1e-5)
+    pca = PCA(2).fit(vectors)
+    np.testing.assert_allclose(np.abs(tables["pca"]), np.abs(pca.transform(vectors)), atol=1e-5)
+    assert f"two components hold {pca.explained_variance_ratio_.sum():.0%} of the variance" in said
     for name in ("cosine", "pca"):
         with Image.open(here / "rez" / "analysis" / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
