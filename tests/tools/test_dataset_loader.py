@@ -304,7 +304,7 @@ def test_the_toy_set_is_always_the_same_and_closed(tmp_path: Path) -> None:
     for name in ("first", "second"):
         dataset_loader.draw_toy_set(tmp_path / name, 3)
     files = sorted((tmp_path / "first").rglob("*.off"))
-    assert len(files) == 12
+    assert len(files) == 12 == len({path.read_bytes() for path in files})
     for path in files:
         assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
         mesh = meshes.read_mesh(path)
