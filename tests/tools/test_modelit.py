@@ -923,6 +923,13 @@ def test_an_analysis_takes_what_is_typed_and_no_other_checkpoint(
     assert "--clip_pretrained ./new.pt: is no file" in capsys.readouterr().err
 
 
+def test_a_mesh_is_drawn_as_seen_from_the_right() -> None:
+    posts = [[0, -1, 0], [0.2, -1, 0], [0, -1, 2], [0, 1, 0], [0.2, 1, 0], [0, 1, 0.5]]  # the tall one is in front
+    picture = np.asarray(meshes.draw_mesh(meshes.Mesh(np.array(posts, float), np.array([[0, 1, 2], [3, 4, 5]])), 60))
+    is_drawn = (picture < meshes.PAPER).any(axis=2)
+    assert is_drawn[:, :30].sum() > 2 * is_drawn[:, 30:].sum() > 0
+
+
 def test_pictures_of_many_prompts_stay_small_and_captions_have_cyrillic() -> None:
     picture = meshes.draw_matrix(np.eye(500), [f"prompt {number}" for number in range(500)])
     assert max(picture.size) < 4500
