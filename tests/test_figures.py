@@ -505,10 +505,11 @@ def test_training_ends_with_five_lines(run: Run) -> None:
     last = max(i for i, line in enumerate(lines) if line.startswith(("epoch ", "training ends after")))
     measured, matcher = run.event("measured"), str(run.gallery["matcher"])
     passed = (measured if "unknown_passed" in measured else run.event("unseen_classes"))["unknown_passed"]
-    closed, num_images = measured["closed"][matcher], run.event("test_end")["images"]
+    closed, test = measured["closed"][matcher], run.event("test_end")
+    images = f"{test['views']} views of {test['images']}" if run.options["crop_mode"] == "mix" else f"{test['images']}"
     assert lines[last + 1 : last + 4] == [
-        run.event("test_end")["verdict"],
-        f"accuracy {show(closed['acc'])}, macro F1 {show(closed['f1_macro'])}, on {num_images} test images",
+        test["verdict"],
+        f"accuracy {show(closed['acc'])}, macro F1 {show(closed['f1_macro'])}, on {images} test images",
         f"test images that get a class, not `unknown`: {show(measured['thresholds']['coverage'])}",
     ]
     assert lines[last + 4].startswith(f"unknown objects that get a class all the same: {show(passed)}")
