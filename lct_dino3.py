@@ -8796,14 +8796,14 @@ def plan_run(
             show(f"the run in {config.out_dir} is finished: {epoch} epochs, see {config.out_dir / 'report.html'}")
             show(f"to train on, give {more}; to start afresh, --overwrite")
             flags = {f"--{name}" for name in GALLERY_OPTIONS}
-            late = [note for note in describe_changes(config, records.fingerprint) if note.split()[0] in flags]
+            late = [note for note in describe_changes(config, records) if note.split()[0] in flags]
             if late:
                 command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(config.out_dir))}"
                 show("\n".join([*late, f"for a gallery made with that, give it to {command}"]))
             if not (config.out_dir / "report.html").is_file():
                 show(f"to have its report, python {SCRIPT_NAME} report {shlex.quote(str(config.out_dir))}")
             return None
-        notes += describe_changes(config, records.fingerprint) + damage
+        notes += describe_changes(config, records) + damage
     backbone, info = build_for_training(config, runtime)
     if config.cache_views is None:  # cache views where possible, if that saves forward passes
         size = 2 * CACHED_VIEWS * len(records.rows("train")) * info.feature_dim
@@ -8850,7 +8850,7 @@ def list_damaged_files(out_dir: Path) -> list[str]:
     return [*damage, "what a finished run leaves is made anew"] if damage else []
 
 
-def describe_changes(config: Config, fingerprint: str) -> list[str]:
+def describe_changes(config: Config, records: Records) -> list[str]:
     """Return one sentence for each option that changed since the last start, and one if the images did; none prevents a resume."""
     try:
         last = read_json(config.out_dir / "config.json", {"options": dict, "data": {"fingerprint": str}})
@@ -8862,7 +8862,7 @@ def describe_changes(config: Config, fingerprint: str) -> list[str]:
         for name, value in config.as_plain().items()
         if old.get(name) != value and not Config.__dataclass_fields__[name].metadata.get("once")
     ]
-    if last["data"]["fingerprint"] != fingerprint:
+    if last["data"]["fingerprint"] != records.fingerprint:
         notes.append("the images are not those of the last start: what follows is no exact continuation")
     return notes
 

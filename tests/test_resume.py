@@ -547,6 +547,9 @@ def test_half_lines_of_metrics_are_cut_off_and_damaged_ones_passed_over(tmp_path
 
 
 def test_a_lock_outlives_no_process_and_names_its_holder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(lct.UserError, match=r"--run .*/file/run: cannot be created"):
+        lct.lock_directory(tmp_path / "file" / "run", "--run")
     with lct.lock_directory(tmp_path), pytest.raises(lct.UserError, match=f"in use by process {os.getpid()}"):
         lct.refuse_if_in_use(tmp_path)
     child = os.fork()
