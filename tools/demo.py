@@ -141,23 +141,32 @@ class Starter:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
+        self._is_starting = False
+        self._early: list[int] = []  # signals that came while a process was being started
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, _: Any) -> None:
-        if self.process is not None:
+        if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)  # the terminal sends Ctrl-C too; two within 0.5 s count as one
+        elif self._is_starting:
+            self._early.append(number)
         elif number != signal.SIGUSR1:
-            print(f"interrupted ({signal.Signals(number).name}); the same command continues", file=sys.stderr)
-            raise SystemExit(128 + (signal.SIGTERM if number == signal.SIGHUP else number))
+            # At once: a library that draws may swallow an exception. What is half drawn has no name yet.
+            os.write(2, f"interrupted ({signal.Signals(number).name}); the same command continues\n".encode())
+            os._exit(128 + (signal.SIGTERM if number == signal.SIGHUP else number))
 
     def run(self, *arguments: str) -> None:
         """Run a command to its end. Raises SystemExit with its exit code if that is not 0; the command has printed why."""
         show(f"the same as: python {SCRIPT.name} {shlex.join(arguments)}")
+        self._is_starting = True
         self.process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments])
+        self._is_starting = False
+        for number in self._early:
+            self.process.send_signal(number)
+        self._early.clear()
         code = self.process.wait()
-        self.process = None
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
 

@@ -308,3 +308,34 @@ def test_a_signal_reaches_what_is_running(tmp_path: Path, until: str, request: p
     said = (tmp_path / "said.txt").read_text()
     assert "interrupted (SIGTERM)" in said and "Traceback" not in said
     assert (tmp_path / "demo" / "run" / "checkpoint_interrupt.pth").exists() == (until != "drawing")
+
+
+@pytest.mark.parametrize("moment", ["a library swallows the exception", "a command is being started"])
+def test_a_signal_ends_the_demo_at_any_moment(moment: str, drawn: Path) -> None:
+    """A drawing library once swallowed the exception of the handler, and the demo went on to train to its end."""
+    code = f"""
+import contextlib, os, signal, subprocess, sys
+sys.path.insert(0, {str(REPO / "tools")!r})
+import demo
+if {moment!r} == "a command is being started":
+    start = subprocess.Popen
+    def start_and_signal(command):
+        process = start([sys.executable, "-c", "import time; print('started', flush=True); time.sleep(60); print('left running')"])
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+    subprocess.Popen = start_and_signal
+else:
+    draw = demo.draw_workbench
+    def draw_and_swallow(*arguments):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        draw(*arguments)
+    demo.draw_workbench = draw_and_swallow
+    os.rename("demo/workbench", "demo/old")
+demo.main({[str(word) for word in QUICK[1:]]!r})
+print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=drawn, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 143 and "went on" not in done.stdout and "val loss" not in done.stdout
+    assert "Traceback" not in done.stderr and "left running" not in done.stdout
+    assert ("interrupted (SIGTERM)" in done.stderr) == (moment == "a library swallows the exception")
