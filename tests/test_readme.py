@@ -214,6 +214,14 @@ def test_the_consumer_gives_the_answers_of_the_gallery() -> None:
         for is_enrolled in ([False] * 3, [False, True, False]):
             offsets = 0.2 * np.float32(is_enrolled)
             galleries.append(lct.dataclasses.replace(gallery, is_enrolled=np.array(is_enrolled), offsets=offsets))
+    bare = {
+        "stacks": stacks[:12],
+        "stack_labels": labels[:12],
+        "stack_paths": ("p",) * 12,
+        "stack_views": np.zeros(12, np.uint8),
+    }
+    few = lct.dataclasses.replace(gallery, knn_counts=np.array([9, 9, 9]))  # more than a class has
+    galleries += [few, lct.dataclasses.replace(few, **bare)]  # "c" has no references
     for gallery in galleries:
         with tempfile.TemporaryDirectory() as folder:
             lct.save_gallery(Path(folder) / "prototypes.npz", gallery, {})
