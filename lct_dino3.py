@@ -2201,7 +2201,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
     usable = np.flatnonzero(~rows["broken"])
     if not len(usable):
         path, reason = next(iter(reasons.items()))
-        problem = f"all {len(listing.paths)} images are broken (the first: {path}: {reason})"
+        problem = f"none of {count_of(len(listing.paths), 'image')} can be read (the first: {path}: {reason})"
         raise UserError(problem, config.describe("data_root"), "check that the files are whole")
     names = tuple(sorted({name for name in class_of.values() if name is not None}))
     label_of_class = {name: index for index, name in enumerate(names)}
@@ -5928,7 +5928,7 @@ def find_resume_point(
         raise UserError("no checkpoint is sound:\n    " + "\n    ".join(lines), str(folder), RESTORE_OR_OVERWRITE)
     epochs = [row["epoch"] for row in read_events(folder) if row["event"] == "epoch_end" and "epoch" in row]
     if point is None and epochs:
-        problem = f"{max(epochs)} epochs have been trained, and no checkpoint is left"
+        problem = f"{count_of(max(epochs), 'epoch')} trained, and no checkpoint is left"
         raise UserError(problem, str(folder), RESTORE_OR_OVERWRITE)
     if point is None and resume == "last":
         raise UserError(f"there is no {LAST_NAME} in {folder}", "--resume", "leave --resume out to start afresh")
@@ -8793,7 +8793,8 @@ def plan_run(
         damage = list_damaged_files(config.out_dir) if is_completed else []
         if is_completed and not damage and has_ended(config, epoch, point.payload["best"]):
             more = "more --epochs" if epoch >= config.epochs else f"a --patience above {config.patience}"
-            show(f"the run in {config.out_dir} is finished: {epoch} epochs, see {config.out_dir / 'report.html'}")
+            epochs = count_of(epoch, "epoch")
+            show(f"the run in {config.out_dir} is finished: {epochs}, see {config.out_dir / 'report.html'}")
             show(f"to train on, give {more}; to start afresh, --overwrite")
             flags = {f"--{name}" for name in GALLERY_OPTIONS}
             late = [note for note in describe_changes(config, records) if note.split()[0] in flags]
@@ -9094,7 +9095,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         result += f"unknown objects that get a class all the same: {format_unknown(figures, unseen)}"
     has_report = start_report(run)
     if job.unreadable:
-        run.log(f"warning: {len(job.unreadable)} images or masks could not be used as they were scanned, named above")
+        run.log(f"warning: {count_of(len(job.unreadable), 'file')} could not be used as scanned, named above")
     run.log(result)
     run.log(f"finished: {run.path / 'prototypes.npz'}" + (f", {run.path / 'report.html'}" if has_report else ""))
 

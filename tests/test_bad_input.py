@@ -84,7 +84,7 @@ def test_all_images_broken(tmp_path, refuse):
     for path in root.rglob("*.png"):
         path.write_bytes(b"")
     text = refuse(root)
-    assert "all 6 images are broken" in text and "hammer/0000.png: the file is empty" in text
+    assert "none of 6 images can be read" in text and "hammer/0000.png: the file is empty" in text
 
 
 def test_all_classes_below_min_per_class_are_listed(tmp_path, refuse):

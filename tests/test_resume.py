@@ -311,7 +311,7 @@ def test_an_interruption_without_room_for_its_copy_stays_an_interruption(tmp_pat
 def test_an_event_without_its_epoch_does_not_hide_the_others(tmp_path: Path) -> None:
     events = [{"event": "epoch_end"}, {"event": "epoch_end", "epoch": 2}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
-    with pytest.raises(lct.UserError, match="2 epochs have been trained, and no checkpoint is left"):
+    with pytest.raises(lct.UserError, match="2 epochs trained, and no checkpoint is left"):
         lct.find_resume_point(tmp_path, None, overwrite=False)
 
 
@@ -452,7 +452,7 @@ def test_when_no_checkpoint_is_sound_the_run_stops_and_touches_nothing(interrupt
     for path in interrupted.glob("checkpoint_*.pth"):
         path.unlink()
     code, text = start()
-    assert code == 2 and "2 epochs have been trained, and no checkpoint is left" in text
+    assert code == 2 and "2 epochs trained, and no checkpoint is left" in text
 
 
 def test_a_hostile_checkpoint_in_the_folder_is_refused_and_never_executed(

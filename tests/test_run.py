@@ -390,7 +390,7 @@ def test_an_image_that_vanishes_during_the_run_costs_that_image(
     assert train(call_main, root, tmp_path / "run", "--epochs", 2, "--cache_crops", room) == 0
     log = (tmp_path / "run" / "train.log").read_text("utf-8")
     assert log.count("cannot be read any more") == missed
-    assert (f"warning: {missed} images or masks could not be used as they were scanned" in log) == bool(missed)
+    assert (f"warning: {lct.count_of(missed, 'file')} could not be used as scanned" in log) == bool(missed)
     assert lct.read_events(tmp_path / "run")[-1]["status"] == "completed"
 
 

@@ -853,7 +853,7 @@ def test_a_deep_image_that_fails_at_its_second_reading_is_named(tmp_path: Path, 
     assert list(scan.records.paths) == ["a_12/1.png", "a_12/2.png"]
     assert [item["path"] for item in scan.report["quarantined"]] == ["a_12/0.png"]
     lost = "*.png"
-    with pytest.raises(lct.UserError, match=r"all 2 images are broken \(the first: a_12/1.png: No such file"):
+    with pytest.raises(lct.UserError, match=r"none of 2 images can be read \(the first: a_12/1.png: No such file"):
         lct.scan_dataset(config)
 
 

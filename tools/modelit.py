@@ -334,7 +334,7 @@ def train_run(job: Job, payload: dict[str, Any] | None) -> None:
         job.run.event("run_start", seed=options.seed, classes=shapes.class_names)
     counts = f"{(~shapes.held_out).sum():,} shapes train, {shapes.held_out.sum():,} are held out"
     classes = ", ".join(shapes.class_names[:8]) + (" ..." if len(shapes.class_names) > 8 else "")
-    job.run.log(f"{counts}; {len(shapes.class_names)} classes: {classes}")
+    job.run.log(f"{counts}; {lct.count_of(len(shapes.class_names), 'class')}: {classes}")
     job.run.log(f"on {job.runtime.describe()}; text encoder: {ENCODER_NAMES[options.text_encoder]}")
     fit(job, state)
     write_pictures(job, state)

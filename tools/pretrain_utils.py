@@ -572,8 +572,8 @@ def pretrain(options: PretrainOptions) -> None:
     modules = {"backbone": state.student.backbone, "student": state.student}
     num_parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     summary = (
-        f"{len(data.train):,} crops, {batches.per_epoch} steps an epoch; backbone of {num_parameters['backbone']:,} parameters,"
-        f" with heads {num_parameters['student']:,}; on {runtime.describe()}"
+        f"{len(data.train):,} crops, {lct.count_of(batches.per_epoch, 'step')} an epoch; backbone of"
+        f" {num_parameters['backbone']:,} parameters, with heads {num_parameters['student']:,}; on {runtime.describe()}"
     )
     if options.dry_run:
         lct.create_out_dir(options.output_dir, "--output-dir")
