@@ -296,6 +296,19 @@ def test_accumulated_batches_of_a_frozen_backbone_are_one_batch() -> None:
         assert torch.allclose(other.head.norm.running_mean, whole.head.norm.running_mean)
 
 
+def test_a_step_with_the_scaler_of_fp16_is_that_without_and_brings_the_next_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The scaler of the CPU; a GPU alone trains in fp16."""
+    plain, loss = step_on([32], True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=1)
+    monkeypatch.setattr(lct.Runtime, "make_scaler", lambda _: scaler)
+    scaled, loss_of_scaled = step_on([32], True)
+    assert float(loss) == pytest.approx(float(loss_of_scaled)) and scaler.get_scale() == 2.0**17
+    for name, value in scaled.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+
+
 def test_accumulated_gradients_of_a_trained_backbone_are_the_mean_over_images() -> None:
     sizes = [15, 15, 2]
     found, loss = step_on(sizes, False, max_grad_norm=0.0)
