@@ -471,7 +471,7 @@ def spoil(arrays: dict[str, np.ndarray], fault: str) -> None:
     elif fault.endswith("is too short"):
         arrays[name] = arrays[name][:-1]
     elif fault.endswith("is flat"):
-        arrays[name] = arrays[name].ravel()
+        arrays[name] = arrays[name][:, 0].copy()
     elif fault.endswith("is narrow"):
         arrays[name] = np.ascontiguousarray(arrays[name][:, :-1])
     elif fault.endswith("is out of order"):
