@@ -115,6 +115,8 @@ def test_backgrounds_are_a_function_of_the_sample_and_hit_their_share(masked_dat
     assert list(backgrounds.paths) == ["0.png", "1.png", "2.png", "3.png", "more/4.png"]
     said = backgrounds.describe()
     assert "5 pictures" in said and "not used as a background: broken.jpg" in said
+    crowded = dataclasses.replace(backgrounds, reasons=dict.fromkeys(map(str, range(12)), "broken"))
+    assert crowded.describe().count("not used") == 10 and crowded.describe().endswith("\n  ... and 2 more")
     assert 0.25 < np.mean([backgrounds.generator_for(seed) is not None for seed in range(1000)]) < 0.35
     transform = lct.build_transform(32, augment=False)
     own, plain = (lct.CropDataset(scan.records, transform, given) for given in (backgrounds, None))
