@@ -198,7 +198,7 @@ def test_the_truth_names_nine_tools_and_a_stranger(bench: Path) -> None:
 
 def test_drawn_prelabels_show_class_and_unknown() -> None:
     image = Image.new("RGB", (400, 300), "white")
-    objects = [((50, 60, 100, 80), 1, "pliers 0.97"), ((250, 2, 140, 200), -1, "unknown")]
+    objects = [((50, 60, 100, 80), 0, "pliers 0.97"), ((250, 2, 140, 200), -1, "unknown")]
     drawn = demo.draw_prelabels(image, objects)
     pixels = np.asarray(drawn)
     ink = pixels[100, 49]
