@@ -112,6 +112,10 @@ def test_evaluate_takes_another_folder_and_its_foreign_classes_are_unknown(
         shutil.copy(trained[0] / path, other / "axe" / f"copy of {Path(path).name}")
     assert call_main("evaluate", "--run", run_dir, "--data_root", other, *QUIET) == 0
     assert "warning: 2 of 16 images are references of the gallery" in capsys.readouterr().out
+    (other / "axe" / "linked.png").symlink_to(trained[0] / train[2])
+    assert call_main("evaluate", "--run", run_dir, "--data_root", other, "--precision", "bf16", *QUIET) == 0
+    said = capsys.readouterr().out
+    assert "warning: 1 of 17 images are references" in said, "in another precision the file itself alone"
     num_references = len(lct.load_gallery(run_dir / "prototypes.npz")[0].stacks)
     assert call_main("evaluate", "--run", run_dir, "--data_root", trained[0], "--precision", "bf16", *QUIET) == 0
     assert f"warning: {num_references} of 99 images are references" in capsys.readouterr().out, "also of other cosines"
