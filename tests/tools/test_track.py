@@ -304,6 +304,15 @@ def test_a_tracker_that_ctrl_c_ends_says_so(
     assert track.record_run(options) == 0 and capfd.readouterr().out.endswith(f"recorded: {tmp_path}, interrupted\n")
 
 
+def test_where_clearml_fails_offline_too_tensorboard_goes_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(track.os, "execv", lambda _, command: started.append(command[2:]))
+    monkeypatch.setattr(sys, "argv", ["track.py", "run", "--clearml", "--tensorboard", "--offline"])
+    options = argparse.Namespace(offline=True, tensorboard=True)
+    track.ClearML._restart_offline(argparse.Namespace(_options=options), "gone")
+    assert started == [["run", "--tensorboard", "--offline"]]
+
+
 def test_what_cannot_be_recorded_costs_a_sentence(run: Path, tmp_path: Path, no_server: dict[str, str]) -> None:
     def refuse(*flags: str, limit: str = "unlimited", **env: str) -> str:
         command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-", sys.executable, str(TOOL), str(run), *flags]
