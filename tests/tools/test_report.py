@@ -703,6 +703,12 @@ def test_line_leaves_a_gap_where_a_figure_is_absent() -> None:
     assert report_page.draw_line(["1 1", "2 2", None, "4 4"]) == "M1 1h0L2 2M4 4h0"
 
 
+def test_a_level_and_the_best_epoch_stand_where_a_line_has_them() -> None:
+    line = report_page.Line("val", "", {1: 0.5, 2: 0.9})
+    chart = report_page.draw_chart("acc", [line], best=2, level=0.9)
+    assert chart["lines"][0]["path"].endswith(f"L{chart['best']} {chart['level']}")
+
+
 def test_long_lists_are_cut_with_a_count(tmp_path: Path) -> None:
     run = MadeRun(tmp_path)
     run.data_report["quarantined"] = [{"path": f"{i}.jpg", "reason": "truncated"} for i in range(1234)]
@@ -972,12 +978,12 @@ def test_gains_of_classes_are_sorted_and_equal_sklearns(pair: Callable[..., str]
 
 
 def test_options_that_differ_are_listed_and_no_others(pair: Callable[..., str]) -> None:
-    text = pair(lambda run: run.options.update(lr=0.5, out_dir="elsewhere"))
+    text = pair(lambda run: run.options.update(lr=0.5, out_dir="elsewhere", new_option=3))
     rows = re.findall(
         r'<tr><td class="path">(.*?)</td><td class="path">(.*?)</td><td class="path">(.*?)</td>',
         section(text, "options"),
     )
-    assert [row for row in rows if row[0] != "data_root"] == [("lr", "0.001", "0.5")]
+    assert [row for row in rows if row[0] != "data_root"] == [("lr", "0.001", "0.5"), ("new_option", "–", "3")]
     assert "told by their path" in section(text, "disagreements")  # each has a data_root of its own
 
 
