@@ -79,6 +79,8 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float, 
     for at, kept in zip(figures["enrolment"], scores["enrolled"].values(), strict=True):
         assert kept["figures"] == at and len(kept["scores"]) == len(kept["is_right"]) > 0
     heads, is_test, *_ = enrolment.calls[0]
+    found = [at["answers"] * (at["precision"] or 0.0) for at in figures["enrolment"]]
+    np.testing.assert_allclose(found, [at["recall"] * is_test.sum() for at in figures["enrolment"]], atol=1)
     strangers = np.concatenate([head.scores[head.is_unseen & ~is_test] for head in heads])
     assert (scores["strangers"][0], scores["strangers"][-1]) == (strangers.min(), strangers.max())
     for head in heads:  # known val images lie around 0, also once a gallery of nearest references matches by centroids
