@@ -318,6 +318,11 @@ def test_views_are_a_function_of_seed_epoch_and_index() -> None:
     drawn = [draw(seed, epoch, index) for seed in (0, 1) for epoch in (1, 2, 3) for index in (1, 2)]
     global_views, local_views, masks = (len(set(part)) for part in zip(*drawn, strict=True))
     assert (global_views, local_views) == (12, 12) and masks > 6  # every second view has none
+    samples = [make_views()[views.ViewKey(1, index)] for index in (1, 2)]
+    batch = views.ViewDataset.collate(samples)
+    for number, images in enumerate((batch.global_views, batch.local_views)):
+        for index, sample in enumerate(samples):
+            assert np.array_equal(images[:, index], sample[number].transpose(0, 3, 1, 2)), "upright, channels first"
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own() -> None:
