@@ -4099,7 +4099,6 @@ class SquareFile:
 
     def put(self, square: np.ndarray) -> int:
         """Store a square, and return its first byte, or -1 if it is not stored."""
-        square = np.ascontiguousarray(square)
         try:
             with self._guard:
                 place = self.end
