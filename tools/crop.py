@@ -242,28 +242,34 @@ class Cutter:
         return cut
 
     def _inspect(self, photo: Photo) -> list[tuple[dict[str, Any], str]]:
-        """Return the earlier crops and their states; of several records of one file, only the one that matches the file."""
-        by_file: dict[Path, list[dict[str, Any]]] = {}
+        """Return the earlier crops and their states; of several records of one file, only the one that matches the file.
+
+        A kill may have left a crop without its mask, or with the mask of an earlier box: no hash of its record then fits, so that
+        both files are written anew.
+        """
+        by_file: dict[tuple[bool, str], list[dict[str, Any]]] = {}
         for record in (*photo.crops, *photo.stale):
-            by_file.setdefault(self.roots[record["unknown"]] / record["file"], []).append(record)
+            by_file.setdefault((record["unknown"], record["file"]), []).append(record)
         states = []
-        for path, versions in by_file.items():
-            sound = next(filter(self._is_sound, versions), None)
+        for (is_unknown, file), versions in by_file.items():
+            pairs = {pair for version in versions for pair in list_files(version)}
+            paths = {name: self.roots[is_unknown] / name for name, _ in pairs}
+            hashes = {name: hash_file(path) for name, path in paths.items() if os.path.lexists(path)}
+            sound = next((version for version in versions if dict(list_files(version)) == hashes), None)
             record = sound or versions[0]
             was_gone = record.pop("gone", False)
-            if sound is not None or path.exists():
-                states.append((record, "sound" if sound else "edited"))
+            was_edited = record.pop("edited", False)
+            is_half_done = photo.was_interrupted and not was_gone and not was_edited and hashes.items() <= pairs
+            if sound is not None:
+                states.append((record, "sound"))
+            elif hashes and is_half_done:
+                mask = next((name for name in paths if name != file), None)
+                states.append(({**record, "key": "", "sha256": "", "mask": mask, "mask_sha256": mask and ""}, "sound"))
+            elif file in hashes:
+                states.append(({**record, "edited": True}, "edited"))
             elif was_gone or not photo.was_interrupted:  # else the job never wrote it, or removed it
                 states.append(({**record, "gone": True}, "gone"))
         return states
-
-    def _is_sound(self, record: dict[str, Any]) -> bool:
-        """Whether a crop and its mask are as they were written."""
-        root = self.roots[record["unknown"]]
-        try:
-            return all(hash_bytes((root / name).read_bytes()) == digest for name, digest in list_files(record))
-        except OSError:
-            return False
 
     def _cut(self, cut: CutPhoto) -> None:
         """Fill in the new crops of a photo, its digest, and the problems."""
@@ -310,7 +316,11 @@ def encode_png(mask: np.ndarray) -> bytes:
 
 
 def match_crops(crops: Sequence[NewCrop], records: Sequence[dict[str, Any]]) -> dict[int, int]:
-    """Match new crops to earlier ones, greedily by IoU of their boxes, in ties the same class first: new index -> earlier index."""
+    """Match new crops to earlier ones, greedily by IoU of their boxes: new index -> earlier index.
+
+    In ties, crops that a kill left half done come last, because one that is moving still has its mask at the old place; then the
+    same class comes first.
+    """
     if not crops or not records:
         return {}
     new = np.array([crop.box for crop in crops], dtype=np.float64)[:, None]
@@ -320,11 +330,11 @@ def match_crops(crops: Sequence[NewCrop], records: Sequence[dict[str, Any]]) -> 
     intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=-1)
     iou = intersection / (new[..., 2:].prod(axis=-1) + old[..., 2:].prod(axis=-1) - intersection)
     candidates = [
-        (-round(iou[i, j], 2), crops[i].class_name != records[j]["class"], i, j)
+        (-round(iou[i, j], 2), not records[j]["sha256"], crops[i].class_name != records[j]["class"], i, j)
         for i, j in np.argwhere(iou >= SAME_OBJECT).tolist()
     ]
     matches: dict[int, int] = {}
-    for _, _, i, j in sorted(candidates):
+    for *_, i, j in sorted(candidates):
         if i not in matches and j not in matches.values():
             matches[i] = j
     return matches

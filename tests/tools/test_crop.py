@@ -543,34 +543,44 @@ def test_a_mask_that_someone_has_drawn_stays(photos: Path, tmp_path: Path, call_
 def test_killed_and_started_again_it_goes_on(
     function: str, photos: Path, tmp_path: Path, nursery: Nursery, call_main: Any
 ) -> None:
-    """Wherever it is killed, in the first call or in one with corrected labels: the end is the same."""
-    for copy in range(30):  # several portions
+    """Wherever it is killed, in the first call or in one with corrected labels, or before a mask: the end is the same."""
+    for copy in range(20):  # several portions
         shutil.copy(photos / "a.jpg", photos / f"c{copy:02}.jpg")
-    names = ["a.jpg", *(f"c{copy:02}.jpg" for copy in range(30))]
+    names = ["a.jpg", *(f"c{copy:02}.jpg" for copy in range(20))]
     images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
-    boxes = [box for _, box in OBJECTS["a.jpg"]]
+    triangles = [[value for corner in corners(box)[:3] for value in corner] for _, box in OBJECTS["a.jpg"]]
     annotations = [
-        {"id": 3 * n + k, "image_id": n, "category_id": (n + k) % 2, "bbox": list(box)}
+        {"id": 3 * n + k, "image_id": n, "category_id": (n + k) % 2, "segmentation": [list(triangle)]}
         for n in range(len(names))
-        for k, box in enumerate(boxes)
+        for k, triangle in enumerate(triangles)
     ]
     content = {
         "images": images,
         "annotations": annotations,
         "categories": [{"id": n, "name": NAMES[n]} for n in (0, 1)],
     }
-    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first, second, third = (tmp_path / f"{name}.json" for name in ("first", "second", "third"))
     first.write_text(json.dumps(content))
     for item in annotations[::7]:
         item["category_id"] = 1 - item["category_id"]
+    for item in annotations[1::5]:
+        item["segmentation"][0][2] += 6  # is redrawn
     del annotations[4::11]
     second.write_text(json.dumps(content))
+    for item in annotations:  # come back as boxes, without their masks
+        left, top, right, _, _, bottom = item.pop("segmentation")[0]
+        item["bbox"] = [left, top, right - left, bottom - top]
+    for item in annotations[::4]:
+        item["category_id"] = 1 - item["category_id"]
+    for item in annotations[2::9]:
+        item["bbox"][2] += 5
+    third.write_text(json.dumps(content))
     whole, broken = tmp_path / "whole" / "data", tmp_path / "broken" / "data"
     for out in (whole, broken):
         out.parent.mkdir()
-    for source in (first, second):
+    for source in (first, second, third):
         assert call_main(*command(photos, source, whole)) == 0
-        for nth in (1, 3, 6, 9):
+        for nth in (1, 4, 6, 9):
             code, _ = nursery.run(*command(photos, source, broken), plans=[kill(function, nth)])
             assert code == -9 or (code == 0 and nth > 1)  # fewer calls were left
             assert not any(path.suffix == ".jpg" and path.stat().st_size == 0 for path in broken.rglob("*"))
@@ -597,6 +607,23 @@ def test_killed_then_corrected_nothing_is_left_of_the_first_labels(
     assert call_main(*command(photos, source, out)) == 0
     assert call_main(*command(photos, source, whole)) == 0
     assert read_tree(out) == read_tree(whole)
+
+
+def test_a_mask_that_a_person_removed_stays_removed_after_a_kill(
+    photos: Path, tmp_path: Path, nursery: Nursery, call_main: Any, capsys: Any
+) -> None:
+    source, out = write_coco(tmp_path, "rle"), tmp_path / "data"
+    assert call_main(*command(photos, source, out)) == 0
+    removed, moved = (out / record["mask"] for record in read_records(out)[:2])
+    removed.unlink()
+    content = json.loads(source.read_text())
+    content["annotations"][1]["category_id"] = 9
+    source.write_text(json.dumps(content))
+    code, _ = nursery.run(*command(photos, source, out), plans=[kill("lct.atomic_file", 2)])
+    assert code == -9
+    assert call_main(*command(photos, source, out)) == 0
+    assert not removed.exists() and not moved.exists() and (out / "pliers" / "masks" / moved.name).is_file()
+    assert "was edited by hand and is kept" in capsys.readouterr().out
 
 
 def test_names_are_flat_and_nobody_elses(tmp_path: Path, call_main: Any, capsys: Any) -> None:
