@@ -9258,7 +9258,7 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     if isinstance(failure, Interrupted):
         again = "the same command"
         again += " without --overwrite" if getattr(options, "overwrite", False) else ""
-        again += " without --resume" if getattr(options, "resume", None) not in (None, "last") else ""
+        again += " without --resume" if getattr(options, "resume", None) not in (None, "last", False, True) else ""
         starts_anew = options.command in (*COMMAND_OPTIONS, "export")
         again += " starts again" if starts_anew else " continues where it stopped"
         return 128 + failure.signal_number, f"interrupted ({failure}); {again}"

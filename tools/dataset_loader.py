@@ -22,6 +22,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -514,11 +515,14 @@ def voxelize_files(paths: Sequence[Path], options: Any) -> Iterator[bytes | str]
     """Yield the packed voxels of each file, or the reason why it cannot be used."""
     voxelize = functools.partial(voxelize_file, size=options.voxel_size, is_solid=options.voxel_mode == "solid")
     if not options.num_workers or len(paths) < 2:
-        yield from map(voxelize, lct.progress(paths, len(paths), "voxels", unit="mesh"))
+        for path in lct.progress(paths, len(paths), "voxels", unit="mesh"):
+            with lct.SIGNALS.hold():  # trimesh swallows exceptions of any kind, from its import on
+                packed = voxelize(path)
+            yield packed
         return
     context = multiprocessing.get_context("spawn")  # a fork can hang, because torch has threads
     workers = lct.count_workers(options.num_workers)
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(workers, context, follow_parent) as pool:
         try:
             yield from lct.progress(pool.map(voxelize, paths, chunksize=8), len(paths), "voxels", unit="mesh")
         except BrokenProcessPool as error:
@@ -527,6 +531,17 @@ def voxelize_files(paths: Sequence[Path], options: Any) -> Iterator[bytes | str]
             raise lct.UserError("a process that voxelises was killed", where, remedy) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def follow_parent() -> None:
+    """Leave Ctrl-C to the parent process, and end with it: after a kill, a pool's processes would wait for work forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait_and_end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 # --- the menu

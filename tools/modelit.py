@@ -474,7 +474,8 @@ def write_pictures(job: Job, state: TrainState) -> None:
         samples = state.model.generate(z, prompt.expand(SHEET_SAMPLES, -1)).cpu().numpy()
         grids = [voxels[0, 0], reconstruction[0, 0], *samples[:, 0]]
         captions = [f"{name}, held out" if len(held_out) else name, "reconstructed"] + ["sample"] * SHEET_SAMPLES
-        pictures = [draw_voxels(grid, SIGMA, SHEET_SIDE) for grid in grids]
+        with lct.SIGNALS.hold():  # as for `judge_samples`
+            pictures = [draw_voxels(grid, SIGMA, SHEET_SIDE) for grid in grids]
         rows.append(list(zip(captions, pictures, strict=True)))
     sheet = encode_png(draw_sheet(rows, SHEET_SIDE))
     lct.write_bytes(job.run.path / f"samples_ep{state.epoch:04}.png", sheet)
@@ -501,7 +502,8 @@ def judge_samples(job: Job, state: TrainState) -> dict[str, float]:
         probabilities = state.model.generate(z, job.prompts[label, :1].to(job.runtime.device)).cpu()
         grids.append((probabilities >= 0.5).flatten())
         try:
-            _, warning = extract_surface(probabilities[0, 0].numpy(), 0.5, SIGMA)
+            with lct.SIGNALS.hold():  # trimesh swallows exceptions of any kind
+                _, warning = extract_surface(probabilities[0, 0].numpy(), 0.5, SIGMA)
             is_closed.append(not warning)  # a warning: no voxel reaches the level
         except MeshError:
             is_closed.append(False)
@@ -582,13 +584,16 @@ def generate(options: ModelitOptions) -> None:
             probabilities = model.generate(z[sample : sample + 1].to(runtime.device), condition, options.guidance)
         prompt = f"prompt: {caption}" if prompts else "no prompt"
         try:
-            mesh, warning = extract_surface(probabilities[0, 0].cpu().numpy(), options.level, options.sigma)
+            with lct.SIGNALS.hold():  # as for `judge_samples`
+                mesh, warning = extract_surface(probabilities[0, 0].cpu().numpy(), options.level, options.sigma)
         except MeshError as error:
             remedy = "train longer, or take another --latent_seed, --prompt or --guidance"
             raise lct.UserError(str(error), f"{prompt}, sample {sample}", remedy) from error
         latent = f"z from {options.z}" if options.z else f"latent_seed {options.latent_seed}"
         model_name = f"by {options.checkpoint}, text encoder: {ENCODER_NAMES[encoder]}"
-        lct.write_bytes(path, encode_mesh(mesh, kind, [prompt, f"{latent}, sample {sample}", model_name]))
+        with lct.SIGNALS.hold():
+            content = encode_mesh(mesh, kind, [prompt, f"{latent}, sample {sample}", model_name])
+        lct.write_bytes(path, content)
         if warning:
             lct.show(f"warning: {path}: {warning}")
         lct.show(f"{path}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces, watertight; {prompt}")
@@ -597,7 +602,8 @@ def generate(options: ModelitOptions) -> None:
         lct.show(f"text encoder: {ENCODER_NAMES['hash']}")
     if options.preview or options.show:
         columns = len(z) if len(z) > 1 and prompts else 4
-        pictures = [(caption, draw_mesh(mesh, PREVIEW_SIDE)) for caption, mesh in captioned_meshes]
+        with lct.SIGNALS.hold():
+            pictures = [(caption, draw_mesh(mesh, PREVIEW_SIDE)) for caption, mesh in captioned_meshes]
         rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
         save_picture(options, options.preview, draw_sheet(rows, PREVIEW_SIDE))
 

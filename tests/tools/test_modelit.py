@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dataset_loader
 import meshes
@@ -22,7 +26,7 @@ import torch
 import trimesh
 import voxel_gan
 from conftest import run_main
-from killing import Nursery, kill
+from killing import REPO, Nursery, kill
 from PIL import Image
 
 import lct_dino3 as lct
@@ -291,6 +295,63 @@ def test_a_killed_process_that_voxelises_is_one_sentence(toys: Path, here: Path)
     threading.Thread(target=kill_first, daemon=True).start()
     with pytest.raises(lct.UserError, match="--num_workers 1: a process that voxelises was killed"):
         load(toys, "--num_workers", 1)
+
+
+def swallow_signal(number: int, call: Any) -> Any:
+    """Return `call`, which a signal interrupts, as trimesh has it: `except BaseException` stands at 70 places in it."""
+
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+            return call(*arguments, **named)
+
+    return wrapper
+
+
+def test_a_signal_while_trimesh_works_ends_the_program(
+    toys: Path, trained: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It swallowed the exception of the handler: all other meshes were voxelised, and `generate` ended as if nothing had come."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for name in ("extract_surface", "encode_mesh", "draw_mesh"):
+            with monkeypatch.context() as patch:
+                patch.setattr(modelit, name, swallow_signal(signal.SIGTERM, getattr(modelit, name)))
+                assert generate(trained, "--output", f"{name}.obj", "--preview", "all.png") == 143
+            assert not (here / "all.png").exists()
+            assert (here / f"{name}.obj").exists() == (name == "draw_mesh")
+        voxelize = swallow_signal(signal.SIGTERM, meshes.voxelize_file)
+        monkeypatch.setattr(dataset_loader, "voxelize_file", voxelize)
+        assert train(toys) == 143
+        said = capsys.readouterr().err
+        assert "the same command continues" in said and "--resume" not in said and not (here / "rez").exists()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_processes_that_voxelise_end_with_a_killed_parent(toys: Path, here: Path) -> None:
+    words = ["--mode", "train", "--dataset", toys, *TINY, "--voxel_size", 256, "--num_workers", 1]
+    command = [sys.executable, REPO / "tools" / "modelit.py", *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        names = [b""]
+        while not any(b"spawn_main" in name for name in names):
+            assert process.poll() is None
+            time.sleep(0.1)
+            names = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children.read_text().split()]
+        process.kill()
+    deadline = time.monotonic() + 60
+    while any(is_in_session(int(path.name), process.pid) for path in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def is_in_session(pid: int, session: int) -> bool:
+    try:
+        return os.getsid(pid) == session
+    except ProcessLookupError:
+        return False
 
 
 def test_voxels_are_computed_once(toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
