@@ -33,7 +33,7 @@ MARK = b'<meta name="generator" content="lct_dino3 report">'  # a file with this
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a page; return the exit code: 0 done, 2 a run or file that cannot be used."""
+    """Write a page; return the exit code: 0 done, 2 a run or file that cannot be used, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="report.py", description="Make one page of a run, or one that compares several.", allow_abbrev=False
     )
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ", ".join(map(str, options.runs))
         print(f"error: a file of {names} holds what no run writes: {error!r} in {place}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted (SIGINT); the same command starts again", file=sys.stderr)
+        return 130
     print(f"written: {path}")
     return 0
 

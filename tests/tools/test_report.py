@@ -412,6 +412,23 @@ def test_a_best_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
     assert "auc_macro –" in make_page(run.write())
 
 
+def test_ctrl_c_costs_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = MadeRun(tmp_path).write()
+    (run / "report.html").write_text("earlier")
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("describe_run", "write_page"):
+        with monkeypatch.context() as patch:
+            patch.setattr(report, name, interrupt)
+            assert report.main([str(run)]) == 130
+        assert capsys.readouterr().err == "interrupted (SIGINT); the same command starts again\n"
+    assert (run / "report.html").read_text() == "earlier"
+
+
 def test_half_a_line_of_a_killed_run_is_passed_over(tmp_path: Path) -> None:
     run = MadeRun(tmp_path).write()
     whole = make_page(run)
