@@ -242,34 +242,37 @@ class Cutter:
         return cut
 
     def _inspect(self, photo: Photo) -> list[tuple[dict[str, Any], str]]:
-        """Return the earlier crops and their states; of several records of one file, only the one that matches the file.
+        """Return the earlier crops and their states; of several records of one file, only the one that matches the file."""
+        by_file: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+        for record in (*photo.crops, *photo.stale):
+            by_file.setdefault((record["unknown"], record["file"]), []).append(record)
+        states = (self._judge(versions, photo.was_interrupted) for versions in by_file.values())
+        return [state for state in states if state is not None]
+
+    def _judge(self, versions: list[dict[str, Any]], was_interrupted: bool) -> tuple[dict[str, Any], str] | None:
+        """Return the record of a crop that matches its files, else the newest of `versions`, and its state; None = never written.
 
         A kill may have left a crop without its mask, or with the mask of an earlier box: no hash of its record then fits, so that
         both files are written anew.
         """
-        by_file: dict[tuple[bool, str], list[dict[str, Any]]] = {}
-        for record in (*photo.crops, *photo.stale):
-            by_file.setdefault((record["unknown"], record["file"]), []).append(record)
-        states = []
-        for (is_unknown, file), versions in by_file.items():
-            pairs = {pair for version in versions for pair in list_files(version)}
-            paths = {name: self.roots[is_unknown] / name for name, _ in pairs}
-            hashes = {name: hash_file(path) for name, path in paths.items() if os.path.lexists(path)}
-            sound = next((version for version in versions if dict(list_files(version)) == hashes), None)
-            record = sound or versions[0]
-            was_gone = record.pop("gone", False)
-            was_edited = record.pop("edited", False)
-            is_half_done = photo.was_interrupted and not was_gone and not was_edited and hashes.items() <= pairs
-            if sound is not None:
-                states.append((record, "sound"))
-            elif hashes and is_half_done:
-                mask = next((name for name in paths if name != file), None)
-                states.append(({**record, "key": "", "sha256": "", "mask": mask, "mask_sha256": mask and ""}, "sound"))
-            elif file in hashes:
-                states.append(({**record, "edited": True}, "edited"))
-            elif was_gone or not photo.was_interrupted:  # else the job never wrote it, or removed it
-                states.append(({**record, "gone": True}, "gone"))
-        return states
+        file = versions[0]["file"]
+        pairs = {pair for version in versions for pair in list_files(version)}
+        paths = {name: self.roots[versions[0]["unknown"]] / name for name, _ in pairs}
+        hashes = {name: hash_file(path) for name, path in paths.items() if os.path.lexists(path)}
+        sound = next((version for version in versions if dict(list_files(version)) == hashes), None)
+        record = sound or versions[0]
+        was_gone = record.pop("gone", False)
+        was_edited = record.pop("edited", False)
+        if sound is not None:
+            return record, "sound"
+        if hashes and hashes.items() <= pairs and was_interrupted and not was_gone and not was_edited:
+            mask = next((name for name in paths if name != file), None)
+            return {**record, "key": "", "sha256": "", "mask": mask, "mask_sha256": mask and ""}, "sound"
+        if file in hashes:
+            return {**record, "edited": True}, "edited"
+        if was_gone or not was_interrupted:  # else the job never wrote it, or removed it
+            return {**record, "gone": True}, "gone"
+        return None
 
     def _cut(self, cut: CutPhoto) -> None:
         """Fill in the new crops of a photo, its digest, and the problems."""
