@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted (SIGINT); the same command starts again", file=sys.stderr)
         return 130
-    print(f"written: {path}")
+    with contextlib.suppress(OSError):  # nobody listens any more, or the disk is full
+        print(f"written: {path}", flush=True)
     return 0
 
 
@@ -142,5 +143,6 @@ def write_page(path: Path, page: bytes, *, may_overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  it may be closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
-    sys.exit(main())
+    os._exit(main())  # without another try to print what could not be printed, which would change the code

@@ -53,8 +53,9 @@ CLEARML_BINDINGS = (
 
 
 def say(text: str) -> None:
-    """Print a line with the time, past the redirection of `sys.stdout` that silences ClearML."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", file=sys.__stdout__, flush=True)
+    """Print a line with the time, past the redirection of `sys.stdout` that silences ClearML; where it can go no more, go on."""
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", file=sys.__stdout__, flush=True)
 
 
 # Following the file.
@@ -160,6 +161,15 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder = run / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._lock = os.open(folder, os.O_RDONLY)  # open, and locked, to the end: of two writers both files would stay
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"TensorBoard: another process records into {folder}; this one begins when that has ended")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError:  # some network file systems lock no folders
+            pass
         for path in folder.glob("events.out.tfevents.*"):
             path.unlink()
         self._writer = EventFileWriter(str(folder))
@@ -453,6 +463,8 @@ def main() -> int:
         if "num_devices" in json.loads((options.run / "config.json").read_text("utf-8")):
             parser.error(f"{options.run} is of lct-dino-3.py, which records in ClearML itself; train anew")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.__stdout__ is None:  # it is closed
+        sys.__stdout__ = open(os.devnull, "w")  # noqa: SIM115  stays open to the end
     sys.__stdout__.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
     threading.excepthook = show_unless_raised_again
     code = 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import html
 import http.server
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -450,6 +452,33 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def test_of_two_at_once_the_second_waits(run: Path) -> None:
+    """Both files stayed, and TensorBoard showed each figure twice."""
+    folder = run / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    before = {*folder.iterdir()}
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    words = [sys.executable, str(TOOL), str(run), "--tensorboard"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert "another process records into" in process.stdout.readline()
+        assert {*folder.iterdir()} == before
+        os.close(lock)
+        assert "completed" in process.communicate(timeout=120)[0] and process.returncode == 0
+    assert len([*folder.glob("events.out.tfevents.*")]) == 1
+
+
+@pytest.mark.parametrize("output", [">&-", "> /dev/full", "| true"])
+@pytest.mark.parametrize("tool", ["report.py", "track.py --tensorboard"])
+def test_output_that_goes_nowhere_costs_nothing(tool: str, output: str, run: Path) -> None:
+    (run / "predictions.csv").unlink()  # lacks columns that the report needs
+    (run / "report.html").unlink(missing_ok=True)
+    words = f"cd {shlex.quote(str(run))}; set -o pipefail; {sys.executable} {TOOL.parent}/{tool} . {output}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (run / "report.html").is_file() if tool == "report.py" else any((run / "tensorboard").iterdir())
 
 
 @pytest.fixture
