@@ -9259,7 +9259,7 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
         again = "the same command"
         again += " without --overwrite" if getattr(options, "overwrite", False) else ""
         again += " without --resume" if getattr(options, "resume", None) not in (None, "last", False, True) else ""
-        starts_anew = options.command in (*COMMAND_OPTIONS, "export")
+        starts_anew = options.command in (*COMMAND_OPTIONS, "export") or getattr(options, "mode", "train") != "train"
         again += " starts again" if starts_anew else " continues where it stopped"
         return 128 + failure.signal_number, f"interrupted ({failure}); {again}"
     if isinstance(failure, subprocess.CalledProcessError):  # of `run_tool`
