@@ -514,7 +514,8 @@ def test_masks_are_used_by_a_run_that_was_trained_with_them(
     (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     assert call_main(*command(run, tmp_path / "images", tmp_path / "out", tmp_path / "coco.json")) == 0
     rows = read_rows(tmp_path / "out")
-    assert {row["judged_by_mask"] for row in rows} == {"True"} and len({row["cosine"] for row in rows}) == 1
+    assert {row["judged_by_mask"] for row in rows} == {"True"}
+    assert np.ptp([float(row["cosine"]) for row in rows]) < 1e-5  # places in a batch differ in the last digit
     truth = COCO(str(tmp_path / "out" / "coco" / "annotations" / "instances_default.json"))
     for item in truth.loadAnns(truth.getAnnIds()):  # the detector's masks are handed on
         assert (truth.annToMask(item).astype(bool) == mask).mean() > 0.98
