@@ -882,7 +882,7 @@ def test_z_is_a_function_of_the_seed_or_of_a_file(
         assert f"--z {name}" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:Setting the shape:DeprecationWarning")  # scikit-image with numpy 2.5
 def test_blank_prompts_are_none_and_byte_order_marks_are_no_letters(trained: Path, here: Path) -> None:
     assert generate(trained, "--prompt", " ", "--output", "blank.OBJ") == 0
     assert (here / "blank.OBJ").read_text().startswith("# no prompt"), "the name is kept as it was typed"
