@@ -155,6 +155,7 @@ class Options:
     # Where each given option was set; options without an entry have their defaults.
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
     word_break: ClassVar[str] = "_"  # between the words of a flag; if it is "-", "_" is accepted too
+    starts_anew: ClassVar[bool] = False  # after an interruption, where other commands continue
 
     def as_plain(self) -> dict[str, Any]:
         """Return the options as JSON values: paths become absolute strings, tuples become lists."""
@@ -467,6 +468,7 @@ class RunOptions(Options):
 class EvaluateOptions(RunOptions):
     """Measure a finished run on its own test or val images, or on another labelled folder."""
 
+    starts_anew: ClassVar[bool] = True
     data_root: Path | None = same_option("data_root")
     split: str = option(
         "test", "images of the run to judge; beside --data_root, which holds them now", "run", choices=("test", "val")
@@ -486,6 +488,7 @@ class EvaluateOptions(RunOptions):
 class PrototypesOptions(RunOptions):
     """Make the gallery of a finished run anew, show it, enrol classes from a few crops, or take one out."""
 
+    starts_anew: ClassVar[bool] = True
     add: Path | None = option(
         None, "folder with one folder of crops a class, to enrol", "run", metavar="DIR", folder=DATA_TREE
     )
@@ -9258,9 +9261,9 @@ def explain_end(failure: BaseException, options: Options) -> tuple[int, str]:
     if isinstance(failure, Interrupted):
         again = "the same command"
         again += " without --overwrite" if getattr(options, "overwrite", False) else ""
-        again += " without --resume" if getattr(options, "resume", None) not in (None, "last", False, True) else ""
-        starts_anew = options.command in (*COMMAND_OPTIONS, "export") or getattr(options, "mode", "train") != "train"
-        again += " starts again" if starts_anew else " continues where it stopped"
+        resume = getattr(options, "resume", None)
+        again += " without --resume" if isinstance(resume, str) and resume != "last" else ""
+        again += " starts again" if options.starts_anew else " continues where it stopped"
         return 128 + failure.signal_number, f"interrupted ({failure}); {again}"
     if isinstance(failure, subprocess.CalledProcessError):  # of `run_tool`
         return failure.returncode, f"error: {failure.cmd} has ended with exit code {failure.returncode}, as said above"

@@ -791,7 +791,7 @@ def test_what_keeps_nothing_starts_again_after_an_interrupt() -> None:
         return lct.explain_end(lct.Interrupted(signal.SIGINT), options)[1]
 
     assert tell(lct.EvaluateOptions(command="evaluate")).endswith("; the same command starts again")
-    assert tell(lct.Options(command="export")).endswith("; the same command starts again")
+    assert tell(lct.PrototypesOptions(command="prototypes")).endswith("; the same command starts again")
     again = tell(lct.Config(overwrite=True, resume="run/checkpoint_ep001.pth"))
     assert again.endswith("; the same command without --overwrite without --resume continues where it stopped")
     assert tell(lct.Config(resume="last")).endswith("; the same command continues where it stopped")

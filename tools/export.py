@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lct_dino3 as lct  # before torch, because it sets variables that torch reads on import
@@ -38,6 +38,7 @@ OUTPUT_NAMES = ["embeddings", "scores", "probability", "labels"]  # of the ONNX 
 class ExportOptions(lct.Options):
     """Write a finished run for other programs, once it is known to answer as PyTorch does."""
 
+    starts_anew: ClassVar[bool] = True
     # fmt: off
     run: Path | None = lct.option(None, "out_dir of the finished run", "export", metavar="DIR", needed=True, folder=True)
     format: str = lct.option("onnx", "what to write", "export", choices=("onnx", "safetensors", "predecessor"))

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,3 +317,8 @@ def test_a_folder_for_a_file_crops_that_are_gone_and_a_model_too_large_cost_one_
     monkeypatch.setattr(export, "MAX_ONNX_BYTES", 1000)  # a ViT-H+ has 3.4 GB
     assert call_main("export", "--run", run_dir, "--out", tmp_path / "m.onnx") == 2
     assert "give --format safetensors" in capsys.readouterr().err
+
+
+def test_an_interrupted_export_starts_again() -> None:
+    code, said = lct.explain_end(lct.Interrupted(signal.SIGTERM), export.ExportOptions(command="export"))
+    assert code == 143 and said == "interrupted (SIGTERM); the same command starts again"
