@@ -252,7 +252,7 @@ class Cutter:
     def _judge(self, versions: list[dict[str, Any]], was_interrupted: bool) -> tuple[dict[str, Any], str] | None:
         """Return the record of a crop that matches its files, else the newest of `versions`, and its state; None = never written.
 
-        A kill may have left a crop without its mask, or with the mask of an earlier box: no hash of its record then fits, so that
+        A kill may have left a crop without its mask, or with the mask of an earlier box: the record then gets empty hashes, so that
         both files are written anew.
         """
         file = versions[0]["file"]

@@ -141,8 +141,7 @@ class Starter:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
-        self._is_starting = False
-        self._early: list[int] = []  # signals that came while a process was being started
+        self._early: list[int] | None = None  # signals that came while a process is being started; None = none is
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._pass_on)
@@ -150,7 +149,7 @@ class Starter:
     def _pass_on(self, number: int, _: Any) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)  # the terminal sends Ctrl-C too; two within 0.5 s count as one
-        elif self._is_starting:
+        elif self._early is not None:
             self._early.append(number)
         elif number != signal.SIGUSR1:
             # At once: a library that draws may swallow an exception. What is half drawn has no name yet.
@@ -160,12 +159,11 @@ class Starter:
     def run(self, *arguments: str) -> None:
         """Run a command to its end. Raises SystemExit with its exit code if that is not 0; the command has printed why."""
         show(f"the same as: python {SCRIPT.name} {shlex.join(arguments)}")
-        self._is_starting = True
+        self._early = []
         self.process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments])
-        self._is_starting = False
-        for number in self._early:
+        early, self._early = self._early, None
+        for number in early:
             self.process.send_signal(number)
-        self._early.clear()
         code = self.process.wait()
         if code:
             raise SystemExit(code if code > 0 else 128 - code)

@@ -176,6 +176,11 @@ class ModelitOptions(lct.Options):
     debug: bool = lct.same_option("debug")
     # fmt: on
 
+    @property
+    def starts_anew(self) -> bool:
+        """Whether an interrupted command starts again: training alone continues."""
+        return self.mode != "train"
+
 
 def check_options(options: ModelitOptions) -> None:
     """Check the options before anything is read.
@@ -474,7 +479,7 @@ def write_pictures(job: Job, state: TrainState) -> None:
         samples = state.model.generate(z, prompt.expand(SHEET_SAMPLES, -1)).cpu().numpy()
         grids = [voxels[0, 0], reconstruction[0, 0], *samples[:, 0]]
         captions = [f"{name}, held out" if len(held_out) else name, "reconstructed"] + ["sample"] * SHEET_SAMPLES
-        with lct.SIGNALS.hold():  # as for `judge_samples`
+        with lct.SIGNALS.hold():  # trimesh swallows exceptions of any kind
             pictures = [draw_voxels(grid, SIGMA, SHEET_SIDE) for grid in grids]
         rows.append(list(zip(captions, pictures, strict=True)))
     sheet = encode_png(draw_sheet(rows, SHEET_SIDE))
@@ -583,16 +588,19 @@ def generate(options: ModelitOptions) -> None:
             condition = None if vector is None else vector[None].to(runtime.device)
             probabilities = model.generate(z[sample : sample + 1].to(runtime.device), condition, options.guidance)
         prompt = f"prompt: {caption}" if prompts else "no prompt"
+        latent = f"z from {options.z}" if options.z else f"latent_seed {options.latent_seed}"
+        comments = [
+            prompt,
+            f"{latent}, sample {sample}",
+            f"by {options.checkpoint}, text encoder: {ENCODER_NAMES[encoder]}",
+        ]
         try:
-            with lct.SIGNALS.hold():  # as for `judge_samples`
+            with lct.SIGNALS.hold():  # trimesh swallows exceptions of any kind
                 mesh, warning = extract_surface(probabilities[0, 0].cpu().numpy(), options.level, options.sigma)
+                content = encode_mesh(mesh, kind, comments)
         except MeshError as error:
             remedy = "train longer, or take another --latent_seed, --prompt or --guidance"
             raise lct.UserError(str(error), f"{prompt}, sample {sample}", remedy) from error
-        latent = f"z from {options.z}" if options.z else f"latent_seed {options.latent_seed}"
-        model_name = f"by {options.checkpoint}, text encoder: {ENCODER_NAMES[encoder]}"
-        with lct.SIGNALS.hold():
-            content = encode_mesh(mesh, kind, [prompt, f"{latent}, sample {sample}", model_name])
         lct.write_bytes(path, content)
         if warning:
             lct.show(f"warning: {path}: {warning}")
@@ -602,8 +610,7 @@ def generate(options: ModelitOptions) -> None:
         lct.show(f"text encoder: {ENCODER_NAMES['hash']}")
     if options.preview or options.show:
         columns = len(z) if len(z) > 1 and prompts else 4
-        with lct.SIGNALS.hold():
-            pictures = [(caption, draw_mesh(mesh, PREVIEW_SIDE)) for caption, mesh in captioned_meshes]
+        pictures = [(caption, draw_mesh(mesh, PREVIEW_SIDE)) for caption, mesh in captioned_meshes]
         rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
         save_picture(options, options.preview, draw_sheet(rows, PREVIEW_SIDE))
 
