@@ -385,8 +385,10 @@ class Config(Options):
         "training", metavar="NAME", fixed=True, choices=("acc", "f1_macro", "auc_macro", "loss", "proto_acc", "recall_at_1"))
     patience: int = option(0, "stop after so many epochs without a better best_metric; 0 = never",
         "training", low=0, high=100_000, key="training.patience")
-    target_precision: float = option(0.95, "share of right answers on val that the thresholds for `unknown` are set to",
+    target_precision: float = option(0.95, "share of right answers that the thresholds for `unknown` are set to, on val",
         "prototypes", low=0.5, high=1.0)
+    unknown_share: float = option(0.2, "share of all objects in production that thresholds and probabilities take to be unknown",
+        "prototypes", low=0.0, high=0.9)
     unknown_dir: Path | None = option(None, "images of no class: half of them set the thresholds, the other half measures",
         "prototypes", metavar="DIR", folder=True)
     max_refs_per_class: int | None = option(None, group="prototypes", low=1,
@@ -500,6 +502,7 @@ class PrototypesOptions(RunOptions):
     masks_out: Path | None = same_option("masks_out")
     unknown_dir: Path | None = same_option("unknown_dir")
     target_precision: float = same_option("target_precision")
+    unknown_share: float = same_option("unknown_share")
     max_refs_per_class: int | None = same_option("max_refs_per_class")
     matcher: str = same_option("matcher")
     match_features: bool = same_option("match_features")
@@ -5443,7 +5446,6 @@ PRIOR_ANSWERS = 10  # the answers of all classes count as 10 in the threshold of
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
 BOOTSTRAP_DRAWS = 500
 BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: larger sets get fewer draws, but 100 in any case
-UNKNOWN_SHARE = 0.2  # share of unknown objects that probabilities assume; the true share in production is not known
 RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
 RETRIEVAL_CHUNK = 20_000_000  # (queries x references) cosines, or (queries x classes) scores, computed at a time: 80 MB
 Scorer = Callable[[np.ndarray], np.ndarray]  # maps queries (n, D) to scores (n, C)
@@ -5575,15 +5577,37 @@ def open_set_metrics(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]
     return {"auroc": roc_area(known, unknown), "fpr95": float((unknown >= threshold).mean())}
 
 
-def reliability(probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray) -> dict[str, Any]:
+def share_weights(is_known: np.ndarray, unknown_share: float) -> np.ndarray:
+    """Return the weight of each object (N,): unknown ones together get `unknown_share` of it, known ones the rest; the sum is 1."""
+    counts = np.where(is_known, is_known.sum(), (~is_known).sum())
+    weights = np.where(is_known, 1 - unknown_share, unknown_share) / counts
+    return weights / max(1e-12, weights.sum())  # with only known or only unknown objects too
+
+
+def mixed_precision(
+    images: np.ndarray, is_known: np.ndarray, is_accepted: np.ndarray, is_right: np.ndarray, unknown_share: float
+) -> dict[str, dict[str, Any]]:
+    """Return the share of accepted answers that are right, if `unknown_share` of the objects are unknown: {value, interval}.
+
+    All are (N,): the image of each object, whether it is of a known class, whether its answer passes the threshold, and is right.
+    """
+
+    def compute(drawn: np.ndarray) -> dict[str, float]:
+        weights = share_weights(is_known[drawn], unknown_share) * is_accepted[drawn]
+        return {"mixed_precision": (weights * is_right[drawn]).sum() / weights.sum() if weights.any() else math.nan}
+
+    return with_intervals(compute, images)
+
+
+def reliability(
+    probability: np.ndarray, is_right: np.ndarray, is_known: np.ndarray, unknown_share: float
+) -> dict[str, Any]:
     """Return the expected calibration error of probabilities (N,), `ece` (Guo et al., arXiv:1706.04599, eq. 3), over ten bins.
 
-    `reliability` is the diagram: weight, mean probability and accuracy of each. Unknown objects get UNKNOWN_SHARE of the weight.
+    `reliability` is the diagram: weight, mean probability and accuracy of each. Unknown objects get `unknown_share` of the weight.
     """
     num_bins = 10
-    counts = np.where(is_known, is_known.sum(), (~is_known).sum())
-    weights = np.where(is_known, 1 - UNKNOWN_SHARE, UNKNOWN_SHARE) / counts
-    weights /= max(1e-12, weights.sum())  # their sum is 1 even with only known or only unknown objects
+    weights = share_weights(is_known, unknown_share)
     bins = np.minimum((probability * num_bins).astype(int), num_bins - 1)
     bin_weights = np.bincount(bins, weights, num_bins)
     mean_probabilities = np.bincount(bins, weights * probability, num_bins) / np.maximum(bin_weights, 1e-12)
@@ -5602,28 +5626,42 @@ def reliability(probability: np.ndarray, is_right: np.ndarray, is_known: np.ndar
 SCORE_ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
+class Answers(NamedTuple):
+    """Answers to some objects of known classes, and to unknown objects, which thresholds and probabilities are fitted to."""
+
+    scores: np.ndarray  # (N,) of answers to known objects
+    is_right: np.ndarray  # (N,) bool
+    strangers: np.ndarray = np.zeros(0, np.float32)  # (U,) scores of answers to unknown objects, all of them wrong
+    unknown_share: float = 0.0  # of all objects in production
+
+    def mix(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return scores, is_right and weights of all answers, (N + U,) each: 1 for a known object, together 1 - unknown_share."""
+        strangers = self.strangers if self.unknown_share else self.strangers[:0]
+        weight = self.unknown_share / (1 - self.unknown_share) * len(self.scores) / max(1, len(strangers))
+        is_right = np.append(self.is_right, np.zeros(len(strangers), bool))
+        weights = np.repeat([1.0, weight], [len(self.scores), len(strangers)])
+        return np.append(self.scores, strangers), is_right, weights
+
+
 def precision_threshold(
-    scores: np.ndarray,
-    is_right: np.ndarray,
-    precision: float,
-    prior: np.ndarray | None = None,
-    dtype: torch.dtype = torch.float32,
+    answers: Answers, precision: float, prior: np.ndarray | None = None, dtype: torch.dtype = torch.float32
 ) -> float:
     """Return the lowest threshold above which new answers can be expected to have this precision, or one above all scores if none.
 
-    `scores` and `is_right` are (N,). The threshold lies below the lowest passing score, by SCORE_ROUNDING of the backbone's `dtype`
-    but at most half the way to the next one, so that the same image passes in another batch too. Equal scores are treated alike.
-    `prior` (N,), the precision expected at each score, counts as PRIOR_ANSWERS further answers: one error in few proves little.
+    The threshold lies below the lowest passing score, by SCORE_ROUNDING of the backbone's `dtype` but at most half the way to the
+    next one, so that the same image passes in another batch too. Equal scores are treated alike. `prior`, the precision expected at
+    each score of `answers.mix()`, counts as PRIOR_ANSWERS further answers: one error in few proves little.
 
     The plain fraction of right answers above a threshold flatters, because chance helped to choose it. So the error rate is the
     upper bound of Clopper and Pearson (1934) at BOUND_CONFIDENCE, or, with a prior, the quantile of the posterior. 95 % takes at
     least 18 answers, all right. Precision above thresholds for .95, set on val sets redrawn from 451 answers (hand tools) and 420
     (groceries): .945 to .955 with 150 to 800 answers (plain fraction: .929 to .948); .900 and .953 with 70 (plain: .913 and .942).
     """
+    scores, is_right, weights = answers.mix()
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
-    num_right = np.cumsum(is_right[order])
-    num_answers = np.arange(1, len(order) + 1)
+    num_right = np.cumsum((weights * is_right)[order])
+    num_answers = np.cumsum(weights[order])
     if prior is not None:
         num_right = num_right + PRIOR_ANSWERS * prior[order]
         num_answers = num_answers + PRIOR_ANSWERS
@@ -6189,6 +6227,7 @@ class Gallery:
     is_enrolled: np.ndarray  # (C,) bool, the class was added after training
     offsets: np.ndarray  # (C,) float32, added to scores of enrolled classes, 0 for others; see `enrolment_offsets`
     log_odds: np.ndarray  # (C, 2) float64, slope and intercept for answers of each class; see `fit_log_odds`
+    unknown_share: float = 0.0  # of all objects, for which thresholds and log-odds were fitted
     spreads: tuple[float, float] = (0.0, 0.0)  # mean `class_spreads` of the references and of val; 0 = unknown
     val_thresholds: tuple[float, ...] = ()  # pooled over all classes, for each of PRECISION_TARGETS
     # By number of crops that a class is enrolled with: its threshold and log-odds, and `measure_enrolment` at that threshold.
@@ -6221,7 +6260,7 @@ class Gallery:
         return best_answers(self.scores, queries)
 
     def probability(self, answers: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Return the probability (n,) that answers (n,) with scores (n,) are right, if UNKNOWN_SHARE of all objects are unknown."""
+        """Return the probability (n,) that answers (n,) with scores (n,) are right, with `unknown_share` of unknown objects."""
         slope, intercept = self.log_odds[answers].T
         return scipy.special.expit(slope * scores.astype(np.float64) + intercept)
 
@@ -6261,7 +6300,7 @@ def export_gallery(
     vectors = {name: fusion.fuse(features[name], embedded[name]) for name in features}
     strangers = vectors.pop("unknown").values if "unknown" in vectors else None
     gallery = build_gallery(records, vectors["train"], vectors["val"], config, strangers)
-    evidence = (vectors["val"], config.target_precision, strangers, unseen, model.backbone.dtype)
+    evidence = (vectors["val"], config, strangers, unseen, model.backbone.dtype)
     by_centroid = {}
     if gallery.matcher == "knn" and config.matcher == "auto":
         plain = calibrate(dataclasses.replace(gallery, matcher="centroid"), *evidence)
@@ -6429,13 +6468,14 @@ def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gal
 
 
 def calibrate(
-    gallery: Gallery, val: Embedded, precision: float, strangers: np.ndarray | None, unseen: dict, dtype: torch.dtype
+    gallery: Gallery, val: Embedded, config: Config, vectors: np.ndarray | None, unseen: dict, dtype: torch.dtype
 ) -> Gallery:
-    """Return the gallery with temperature fitted to val, thresholds to val and `strangers`, log-odds to val and unknown objects.
+    """Return the gallery with temperature fitted to val, thresholds and log-odds to val and unknown objects.
 
-    `strangers` (U, D) are vectors of unknown objects. Without them, their scores are those that `measure_unseen` found for classes
-    new to its heads, on the scale of this gallery's val scores; without these either, those of val crops whose classes are held out
-    in turn, though the embedder has seen them, and real strangers score higher. `dtype` is the compute dtype of the backbone.
+    Unknown objects are taken to be --unknown_share of all. `vectors` (U, D) of such objects give their scores. Without them, these
+    are what `measure_unseen` found for classes new to its heads, on the scale of this gallery's val scores; without that either,
+    those of val crops whose classes are held out in turn, though the embedder has seen them, and real strangers score higher.
+    `dtype` is the compute dtype of the backbone.
     """
     num_classes = len(gallery.class_names)
     answers, scores = gallery.answer(val.values)
@@ -6443,28 +6483,27 @@ def calibrate(
     median, spread = score_scale(scores)
     num_few = min(len(answers), 1 + RETRIEVAL_CHUNK // num_classes)  # enough to fit one number
     few = np.linspace(0, len(answers) - 1, num_few).astype(int)
-    stranger_scores = median + spread * np.array(unseen.get("strangers", ()))
-    if strangers is not None:
-        stranger_answers, stranger_scores = gallery.answer(strangers)
-        answers = np.concatenate([answers, stranger_answers])
-        scores = np.concatenate([scores, stranger_scores])
-        is_right = np.concatenate([is_right, np.zeros(len(stranger_scores), bool)])
-    elif not unseen:
-        _, stranger_scores = answer_without_class(gallery.scores, val)
-    thresholds, is_pooled = fit_thresholds(answers, scores, is_right, precision, num_classes, dtype)
+    if vectors is not None:
+        stranger_scores = gallery.answer(vectors)[1]
+    elif unseen:
+        stranger_scores = (median + spread * np.array(unseen["strangers"])).astype(np.float32)
+    else:
+        stranger_scores = answer_without_class(gallery.scores, val)[1]
+    known = Answers(scores, is_right, stranger_scores, config.unknown_share)
+    thresholds, is_pooled = fit_thresholds(answers, known, config.target_precision, num_classes, dtype)
     enrolment = {}
     for num_crops, enrolled in unseen.get("enrolled", {}).items():
         if not enrolled["scores"]:
             continue  # no val image was taken for an enrolled class
         enrolled_scores = (median + spread * np.array(enrolled["scores"])).astype(np.float32)
-        enrolled_right = np.array(enrolled["is_right"], bool)
+        of_enrolled = known._replace(scores=enrolled_scores, is_right=np.array(enrolled["is_right"], bool))
         figures = enrolled["figures"]
+        is_same = all(figures.get(name) == getattr(config, name) for name in ("target_precision", "unknown_share"))
         enrolment[num_crops] = {
-            "threshold": precision_threshold(enrolled_scores, enrolled_right, precision, dtype=dtype),
-            "log_odds": fit_log_odds(enrolled_scores, enrolled_right, stranger_scores),
-            "figures": figures if figures["target_precision"] == precision else None,
+            "threshold": precision_threshold(of_enrolled, config.target_precision, dtype=dtype),
+            "log_odds": fit_log_odds(of_enrolled),
+            "figures": figures if is_same else None,
         }
-    log_odds = fit_log_odds(scores[: len(val.rows)], is_right[: len(val.rows)], stranger_scores)
     reference_spread = mean_of_defined(class_spreads(gallery.stacks, gallery.stack_labels, num_classes))
     val_spread = mean_of_defined(class_spreads(val.values, val.labels, num_classes))
     return dataclasses.replace(
@@ -6472,9 +6511,10 @@ def calibrate(
         temperature=fit_temperature(gallery.scores(val.values[few]), val.labels[few]),
         thresholds=thresholds,
         is_pooled=is_pooled,
-        val_thresholds=tuple(precision_threshold(scores, is_right, level, dtype=dtype) for level in PRECISION_TARGETS),
-        log_odds=np.tile(log_odds, (num_classes, 1)),
+        val_thresholds=tuple(precision_threshold(known, level, dtype=dtype) for level in PRECISION_TARGETS),
+        log_odds=np.tile(fit_log_odds(known), (num_classes, 1)),
         enrolment=enrolment,
+        unknown_share=config.unknown_share,
         spreads=(0.0, 0.0) if math.isnan(reference_spread + val_spread) else (reference_spread, val_spread),
     )
 
@@ -6489,21 +6529,26 @@ def score_scale(scores: np.ndarray) -> tuple[float, float]:
 
 
 def fit_thresholds(
-    answers: np.ndarray, best: np.ndarray, is_right: np.ndarray, precision: float, num_classes: int, dtype: torch.dtype
+    classes: np.ndarray, answers: Answers, precision: float, num_classes: int, dtype: torch.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest threshold of each class that keeps `precision`, and whether it is the pooled one, (C,) both.
 
-    The precision of all answers together is the prior (see `precision_threshold`); a class with fewer than MIN_CALIBRATION_SAMPLES
-    answers gets the pooled threshold. `answers`, `best`, `is_right` (N,): class and score of each answer, and whether it is right.
+    `classes` (N,) are those that known objects were taken for; unknown ones are spread over the classes as these are. The precision
+    of all answers together is the prior (see `precision_threshold`); a class with fewer than MIN_CALIBRATION_SAMPLES answers gets
+    the pooled threshold.
     """
-    thresholds = np.full(num_classes, precision_threshold(best, is_right, precision, dtype=dtype), dtype=np.float32)
-    is_pooled = np.bincount(answers, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
+    thresholds = np.full(num_classes, precision_threshold(answers, precision, dtype=dtype), dtype=np.float32)
+    is_pooled = np.bincount(classes, minlength=num_classes) < MIN_CALIBRATION_SAMPLES
+    scores, is_right, weights = answers.mix()
+    order = np.argsort(-scores, kind="stable")
+    precisions = np.cumsum((weights * is_right)[order]) / np.cumsum(weights[order])
     # For each answer, the precision of all answers that score at least as high.
-    num_above = len(best) - np.searchsorted(np.sort(best), best)
-    prior = (int(is_right.sum()) - np.searchsorted(np.sort(best[is_right]), best)) / num_above
+    prior = precisions[np.searchsorted(-scores[order], -scores, side="right") - 1]
     for label in np.flatnonzero(~is_pooled):
-        in_class = answers == label
-        thresholds[label] = precision_threshold(best[in_class], is_right[in_class], precision, prior[in_class], dtype)
+        in_class = classes == label
+        of_class = answers._replace(scores=answers.scores[in_class], is_right=answers.is_right[in_class])
+        prior_of_class = np.append(prior[: len(classes)][in_class], prior[len(classes) :])
+        thresholds[label] = precision_threshold(of_class, precision, prior_of_class, dtype)
     return thresholds, is_pooled
 
 
@@ -6518,23 +6563,16 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(best.x)
 
 
-def fit_log_odds(known: np.ndarray, is_right: np.ndarray, strangers: np.ndarray) -> tuple[float, float]:
-    """Return slope and intercept of the log-odds that an answer is right, over its score (Platt, 1999).
-
-    `known` (N,) are scores of answers to known objects, `is_right` (N,) says which are right; answers to `strangers` (U,) are all
-    wrong, and weigh UNKNOWN_SHARE of the total.
-    """
+def fit_log_odds(answers: Answers) -> tuple[float, float]:
+    """Return slope and intercept of the log-odds that an answer is right, over its score (Platt, 1999)."""
     from sklearn.linear_model import LogisticRegression
 
-    scores = np.concatenate([known, strangers])
-    labels = np.append(is_right, np.zeros(len(strangers), bool))
-    weights = [(1 - UNKNOWN_SHARE) / max(1, len(known)), UNKNOWN_SHARE / max(1, len(strangers))]
-    sample_weight = np.repeat(weights, [len(known), len(strangers)]) * len(scores)
-    if labels.all() or not labels.any():
-        smoothed_accuracy = (is_right.sum() + 1) / (len(is_right) + 2)
+    scores, is_right, weights = answers.mix()
+    if is_right.all() or not is_right.any():
+        smoothed_accuracy = (answers.is_right.sum() + 1) / (len(answers.is_right) + 2)
         return 0.0, float(scipy.special.logit(smoothed_accuracy))
     mean, std = scores.mean(), max(scores.std(), 1e-6)
-    fitted = LogisticRegression().fit((scores[:, None] - mean) / std, labels, sample_weight=sample_weight)
+    fitted = LogisticRegression().fit((scores[:, None] - mean) / std, is_right, sample_weight=weights)
     slope = max(0.0, fitted.coef_.item()) / std
     return slope, fitted.intercept_.item() - slope * mean
 
@@ -6549,7 +6587,7 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
         retrieval: recall_at_1, recall_at_5, map_at_r; open_set: auroc, fpr95; answers: for each of PRECISION_TARGETS, threshold
         from val, precision and coverage on test; thresholds: precision and coverage with the thresholds of the classes; reliability
         and ece: of the probabilities of answers to test images and unknown objects, see `reliability`; unknown_passed: share of
-        `unknown` that gets a class; few: classes with fewer than FEW_IMAGES test images.
+        `unknown` that gets a class; mixed_precision: see there; few: classes with fewer than FEW_IMAGES test images.
     """
     num_classes = len(gallery.class_names)
     answers, scores = gallery.answer(test.values)
@@ -6576,9 +6614,11 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
         unknown_answers, unknown_scores = answer_without_class(gallery.scores, test)
     else:
         unknown_answers, unknown_scores = gallery.answer(unknown.values)
-    probability = gallery.probability(np.append(answers, unknown_answers), np.append(scores, unknown_scores))
-    is_known = np.arange(len(probability)) < len(scores)
-    calibration = reliability(probability, np.append(is_right, np.zeros(len(unknown_scores), bool)), is_known)
+    all_answers, all_scores = np.append(answers, unknown_answers), np.append(scores, unknown_scores)
+    is_known = np.arange(len(all_scores)) < len(scores)
+    all_right = np.append(is_right, np.zeros(len(unknown_scores), bool))
+    probability = gallery.probability(all_answers, all_scores)
+    calibration = reliability(probability, all_right, is_known, gallery.unknown_share)
     matchers = [name for name in MATCHER_NAMES if name != "prototypes" or gallery.most_prototypes > 1]
     retrieval = retrieval_scores(test.values, test.labels, gallery.stacks, gallery.stack_labels)
     images = np.unique(test.rows, return_index=True)[1]  # with --crop_mode mix, an image has two views
@@ -6592,12 +6632,15 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
         ],
         "thresholds": above(gallery.thresholds[answers]),
+        "unknown_share": gallery.unknown_share,
         **calibration,  # no interval: redrawn images fit the bins worse, which raises it
         "few": [gallery.class_names[i] for i in np.flatnonzero((support > 0) & (support < FEW_IMAGES)).tolist()],
     }
     if unknown is not None:
-        passed = unknown_scores >= gallery.thresholds[unknown_answers]
-        figures |= mean_intervals(unknown.rows, unknown_passed=passed)
+        is_accepted = all_scores >= gallery.thresholds[all_answers]
+        figures |= mean_intervals(unknown.rows, unknown_passed=is_accepted[~is_known])
+        images = np.append(test.rows, 1 + test.rows.max(initial=0) + unknown.rows)
+        figures |= mixed_precision(images, is_known, is_accepted, all_right, gallery.unknown_share)
     return figures
 
 
@@ -6713,6 +6756,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         **meta,
         "temperature": gallery.temperature,
         "enrolment": gallery.enrolment,
+        "unknown_share": gallery.unknown_share,
         "spreads": gallery.spreads,
         "by_centroid": gallery.by_centroid,
         "val_thresholds": gallery.val_thresholds,
@@ -6901,6 +6945,7 @@ def unpack_gallery(arrays: dict[str, np.ndarray]) -> tuple[Gallery, dict[str, An
         is_pooled=np.isin(arrays["id2cls"], meta["pooled_thresholds"]),
         val_thresholds=tuple(map(float, meta["val_thresholds"])),
         enrolment=enrolment,
+        unknown_share=float(meta.get("unknown_share", 0.2)),  # older galleries lack it
         fusion=Fusion(mean, projection, float(weight)),
         spreads=(reference_spread, val_spread),
         by_centroid=meta["by_centroid"],
@@ -7242,7 +7287,7 @@ def describe_enrolled(gallery: Gallery, names: Sequence[str]) -> list[str]:
         if measured is None:
             basis = "the highest of the other classes, as nothing was measured"
         elif figures is None:
-            basis = "set for another precision than in training, and not tested"
+            basis = "set for another precision or share of unknown objects than in training, and not tested"
         elif not figures["answers"]:
             basis = f"with which classes that heads of the training did not know got no answer at {figures['target_precision']:.0%}"
         else:
@@ -8078,8 +8123,8 @@ class UnseenHead(NamedTuple):
     """Answers to all val and test crops by a head trained without some of the classes."""
 
     scores: np.ndarray  # (Q,) on `score_scale`
+    classes: np.ndarray  # (Q,) labels of the answers, in the head's gallery
     is_right: np.ndarray  # (Q,) bool
-    is_accepted: np.ndarray  # (Q,) bool, the score reaches the threshold of the answered class
     is_unseen: np.ndarray  # (Q,) bool, the true class was left out
     logits: np.ndarray  # (Q,) largest logit of logistic regression on features, without the same classes
     # By number of crops that enrol each class left out: scores, bool the answer is an enrolled class, bool right; (DRAWS, Q) each.
@@ -8095,9 +8140,10 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
 
     Returns:
         Metrics. classes: those left out; images: the number of their val and test images; known_acc: accuracy on test images of
-        known classes; unknown_passed: share of test images of left-out classes that get a class, as {value, interval}; open_set:
-        auroc and fpr95 of telling left-out from known classes, and the same by other methods in `others`; ece and `reliability`: on
-        test, of probabilities fitted on val with the strangers of the other heads; enrolment: see `measure_enrolment`.
+        known classes; open_set: auroc and fpr95 of telling left-out from known classes, and the same by other methods in `others`;
+        enrolment: see `measure_enrolment`. On test, with thresholds and probabilities fitted on val and the strangers of the other
+        heads: unknown_passed: share of the images of left-out classes that get a class, as {value, interval}; `mixed_precision`,
+        ece and `reliability`.
 
         Data for `calibrate`. strangers: quantiles of the val scores of left-out classes, on `score_scale`; enrolled: by number of
         crops, the scores on that scale and is_right of `answers_of_enrolled`, and the metrics at the target precision.
@@ -8123,25 +8169,29 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         others["frozen backbone, largest logit of logistic regression"] = measure_unknown(queries.rows, by_regression)
     open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
     strangers = [head.scores[head.is_unseen & ~is_test] for head in heads]
+    share = job.config.unknown_share
     columns_of_heads = []
-    for head, other_strangers in zip(heads, leave_one_out(strangers), strict=True):
+    for head, other_strangers in zip(heads, map(np.concatenate, leave_one_out(strangers)), strict=True):
         is_val = ~head.is_unseen & ~is_test  # of known classes
-        slope, intercept = fit_log_odds(head.scores[is_val], head.is_right[is_val], np.concatenate(other_strangers))
+        answers = Answers(head.scores[is_val], head.is_right[is_val], other_strangers, share)
+        slope, intercept = fit_log_odds(answers)
         probability = scipy.special.expit(slope * head.scores + intercept)
-        columns_of_heads.append([column[is_test] for column in (probability, head.is_right, ~head.is_unseen)])
-    calibration = reliability(*map(np.concatenate, zip(*columns_of_heads, strict=True)))
-    enrolment = [measure_enrolment(heads, is_test, count, job.config.target_precision) for count in ENROLMENT_CROPS]
+        precision = job.config.target_precision
+        thresholds, _ = fit_thresholds(head.classes[is_val], answers, precision, len(names), torch.float32)
+        is_accepted = head.scores >= thresholds[head.classes]
+        columns = (queries.rows, probability, head.is_right, ~head.is_unseen, is_accepted)
+        columns_of_heads.append([column[is_test] for column in columns])
+    images, probability, is_right, is_known, is_accepted = map(np.concatenate, zip(*columns_of_heads, strict=True))
+    enrolment = [measure_enrolment(heads, strangers, is_test, count, job.config) for count in ENROLMENT_CROPS]
     evidence = [answers_of_enrolled(heads, is_test, count) for count in ENROLMENT_CROPS]
     return {
         "classes": [names[label] for label in np.flatnonzero(folds < num_folds).tolist()],
         "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
         "known_acc": float(np.mean([head.is_right[~head.is_unseen & is_test].mean() for head in heads])),
         "open_set": {**open_set, "others": others},
-        **mean_intervals(
-            np.concatenate([queries.rows[head.is_unseen & is_test] for head in heads]),
-            unknown_passed=np.concatenate([head.is_accepted[head.is_unseen & is_test] for head in heads]).astype(float),
-        ),
-        **calibration,
+        **mean_intervals(images[~is_known], unknown_passed=is_accepted[~is_known]),
+        **mixed_precision(images, is_known, is_accepted, is_right, share),
+        **reliability(probability, is_right, is_known, share),
         "enrolment": enrolment,
     }, {
         "strangers": np.quantile(np.concatenate(strangers), np.linspace(0, 1, UNKNOWN_QUANTILES)).tolist(),
@@ -8195,8 +8245,7 @@ def answer_unseen(job: Job, train: Embedded, queries: Embedded, is_test: np.ndar
     logits = np.zeros(len(labels))
     if len(names) <= LOGREG_MAX_CLASSES:
         logits = score_by_regression(job, train.take(is_seen))(queries.values).max(axis=1)
-    is_accepted = best >= gallery.thresholds[answers]
-    return UnseenHead((best - middle) / spread, answers == labels, is_accepted, is_unseen, logits, enrolled)
+    return UnseenHead((best - middle) / spread, answers, answers == labels, is_unseen, logits, enrolled)
 
 
 def train_without(job: Job, train: Embedded, seen: np.ndarray) -> Recognizer:
@@ -8333,20 +8382,22 @@ def score_by_regression(job: Job, features: Embedded) -> Scorer:
 
 
 def measure_enrolment(
-    heads: list[UnseenHead], is_test: np.ndarray, num_crops: int, target_precision: float
+    heads: list[UnseenHead], strangers: list[np.ndarray], is_test: np.ndarray, num_crops: int, config: Config
 ) -> dict[str, Any]:
     """Measure how well classes are recognised that are enrolled from `num_crops` crops each, as means over heads and draws.
 
     Returns:
-        crops, target_precision; accuracy on val and test images of the enrolled classes (`new`), and on test images of the other
-        classes after enrolment (`old`) and `before`. On test, at the threshold that val images of the other heads set for the
-        target precision: the number of answers per draw that name an enrolled class (`answers`), the share of them that is right
-        (`precision`), and the share of the enrolled classes' images that get such a right answer (`recall`).
+        crops, target_precision, unknown_share; accuracy on val and test images of the enrolled classes (`new`), and on test images
+        of the other classes after enrolment (`old`) and `before`. On test, at the threshold that val images and `strangers` of the
+        other heads set for the target precision: the number of answers per draw that name an enrolled class (`answers`), the share
+        of them that is right (`precision`), and the share of the enrolled classes' images that get such a right answer (`recall`).
     """
     figures: dict[str, list[float]] = {key: [] for key in ("new", "old", "before", "recall", "precision")}
-    for head, other_heads in zip(heads, leave_one_out(heads), strict=True):
-        other_scores, other_right = answers_of_enrolled(other_heads, is_test, num_crops)
-        threshold = precision_threshold(other_scores, other_right, target_precision) if len(other_scores) else math.inf
+    others = zip(leave_one_out(heads), map(np.concatenate, leave_one_out(strangers)), strict=True)
+    for head, (other_heads, other_strangers) in zip(heads, others, strict=True):
+        evidence = answers_of_enrolled(other_heads, is_test, num_crops)
+        answers = Answers(*evidence, other_strangers, config.unknown_share)
+        threshold = precision_threshold(answers, config.target_precision) if len(answers.scores) else math.inf
         is_known_test = ~head.is_unseen & is_test
         for scores, is_new, is_right in zip(*head.enrolled[num_crops], strict=True):
             is_accepted = is_test & is_new & (scores >= threshold)
@@ -8358,7 +8409,8 @@ def measure_enrolment(
             figures["precision"] += is_right[is_accepted].tolist()
     return {
         "crops": num_crops,
-        "target_precision": target_precision,
+        "target_precision": config.target_precision,
+        "unknown_share": config.unknown_share,
         **{key: none_if_nan(mean_of_defined(np.array(values, float))) for key, values in figures.items()},
         "answers": len(figures["precision"]) // ENROLMENT_DRAWS,
     }
@@ -8438,7 +8490,7 @@ MASK_FLAGS = (
 ).split()
 # Options of training that the command prototypes can change afterwards.
 GALLERY_OPTIONS = (
-    "unknown_dir target_precision max_refs_per_class prototypes_per_class matcher match_features"
+    "unknown_dir target_precision unknown_share max_refs_per_class prototypes_per_class matcher match_features"
 ).split()
 LOCATIONS = ("data_root", "masks_out", "class_map")  # options of training whose files may have moved since
 
@@ -8551,12 +8603,12 @@ def format_measures(figures: dict[str, Any]) -> str:
     for name, method in {"prototypes": open_set, **open_set.get("others", {})}.items():
         metrics = f"AUROC {format_figure(method['auroc'])}, FPR95 {format_figure(method['fpr95'])}"
         lines.append(f"unknown objects ({open_set['source']}) by {name}: {metrics}")
-    thresholds = {f"threshold for {entry['target']:.0%} precision on val": entry for entry in figures["answers"]}
+    thresholds = {f"threshold for {entry['target']:.0%} precision": entry for entry in figures["answers"]}
     for name, entry in {**thresholds, "thresholds of the classes": figures["thresholds"]}.items():
         coverage = format_figure(entry["coverage"])
         lines.append(f"{name}: answers {coverage} of the images, {format_figure(entry['precision'])} of them right")
     if "unknown_passed" in figures:
-        lines.append(f"unknown objects that get a class all the same: {format_figure(figures['unknown_passed'])}")
+        lines.append(format_unknown(figures, figures["unknown_share"]))
     lines.append(f"expected calibration error {figures['ece']:.3f}")
     if figures["few"]:
         lines.append(f"few test images (fewer than {FEW_IMAGES}): {', '.join(figures['few'])}")
@@ -9094,7 +9146,15 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         result += f"macro F1 {format_figure(closed['f1_macro'])}, on {images} test images\n"
         coverage = format_figure(figures["thresholds"]["coverage"])
         result += f"test images that get a class, not `unknown`: {coverage}\n"
-        result += f"unknown objects that get a class all the same: {format_unknown(figures, unseen)}"
+        if "unknown_passed" in figures:
+            result += format_unknown(figures, gallery.unknown_share)
+        elif unseen:
+            result += format_unknown(unseen, gallery.unknown_share)
+            result += (
+                "\nthese are of classes that heads were trained without; --unknown_dir DIR measures those of production"
+            )
+        else:
+            result += "unknown objects that get a class all the same: not measured; give pictures of no class as --unknown_dir DIR"
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {count_of(len(job.unreadable), 'file')} could not be used as scanned, named above")
@@ -9160,14 +9220,13 @@ def compute_gallery_metrics(gallery: Gallery, queries: Embedded) -> tuple[dict, 
     return figures | {"recall_at_1": recall_at_1(gallery.stacks, gallery.stack_labels, queries)}, per_class
 
 
-def format_unknown(figures: dict[str, Any], unseen: dict[str, Any]) -> str:
-    """Format the share of unknown objects that get a class, from `measure_gallery`, or else from `measure_unseen`."""
-    if "unknown_passed" in figures:
-        return format_figure(figures["unknown_passed"])
-    if "unknown_passed" in unseen:
-        share = format_figure(unseen["unknown_passed"])
-        return f"{share}, of classes that heads were trained without; --unknown_dir DIR measures those of production"
-    return "not measured; give pictures of no class as --unknown_dir DIR"
+def format_unknown(figures: dict[str, Any], unknown_share: float) -> str:
+    """Format two figures of `measure_gallery` or `measure_unseen`: how unknown objects fare, and what answers then are worth."""
+    return (
+        f"unknown objects that get a class all the same: {format_figure(figures['unknown_passed'])}\n"
+        f"classes given that are right, if {unknown_share:.0%} of all objects are unknown (--unknown_share):"
+        f" {format_figure(figures['mixed_precision'])}"
+    )
 
 
 def format_figure(figure: dict[str, Any]) -> str:

@@ -74,10 +74,11 @@ def test_defaults_are_those_of_the_design():
 def test_a_continued_run_may_change_these_options_alone():
     """They change no step of training, or only the data, which are compared by themselves."""
     words = """
-        config data_root out_dir class_map min_per_class near_dup_bits masks_out auto_generate_masks sam2_cfg sam2_ckpt backgrounds
-        backbone_weights load_from n_classes epochs val_batch patience target_precision unknown_dir max_refs_per_class matcher
-        match_features prototypes_per_class gpus workers cache_crops fsdp resume experiment_name models overwrite save_every
-        save_checkpoints save_metrics save_minutes preview debug use_clearml use_tensorboard clearml_project clearml_task_name
+        config data_root out_dir class_map min_per_class near_dup_bits masks_out auto_generate_masks sam2_cfg sam2_ckpt
+        backgrounds backbone_weights load_from n_classes epochs val_batch patience target_precision unknown_share unknown_dir
+        max_refs_per_class matcher match_features prototypes_per_class gpus workers cache_crops fsdp resume experiment_name
+        models overwrite save_every save_checkpoints save_metrics save_minutes preview debug use_clearml use_tensorboard
+        clearml_project clearml_task_name
     """
     assert {field.name for field in lct.option_fields() if not field.metadata.get("fixed")} == set(words.split())
 

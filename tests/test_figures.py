@@ -495,8 +495,8 @@ def test_training_is_compared_with_the_best_baseline_on_the_test_images(run: Run
     assert recorded["verdict"].startswith(f"{word}: ")
 
 
-def test_training_ends_with_five_lines(run: Run) -> None:
-    """Verdict, accuracy, test images and unknown objects that get a class, paths; the report has the rest."""
+def test_training_ends_with_a_few_lines(run: Run) -> None:
+    """Verdict, accuracy, images and unknown objects that get a class, what classes are worth, paths."""
 
     def show(figure: dict) -> str:
         return "{:.3f} ({:.3f} to {:.3f})".format(figure["value"], *figure["interval"])
@@ -504,17 +504,19 @@ def test_training_ends_with_five_lines(run: Run) -> None:
     lines = [line[21:] for line in (run.folder / "train.log").read_text("utf-8").splitlines()]  # without the time
     last = max(i for i, line in enumerate(lines) if line.startswith(("epoch ", "training ends after")))
     measured, matcher = run.event("measured"), str(run.gallery["matcher"])
-    passed = (measured if "unknown_passed" in measured else run.event("unseen_classes"))["unknown_passed"]
+    strangers = measured if "unknown_passed" in measured else run.event("unseen_classes")
     closed, test = measured["closed"][matcher], run.event("test_end")
     images = f"{test['views']} views of {test['images']}" if run.options["crop_mode"] == "mix" else f"{test['images']}"
-    assert lines[last + 1 : last + 4] == [
+    assert lines[last + 1 : last + 6] == [
         test["verdict"],
         f"accuracy {show(closed['acc'])}, macro F1 {show(closed['f1_macro'])}, on {images} test images",
         f"test images that get a class, not `unknown`: {show(measured['thresholds']['coverage'])}",
+        f"unknown objects that get a class all the same: {show(strangers['unknown_passed'])}",
+        f"classes given that are right, if 20% of all objects are unknown (--unknown_share): {show(strangers['mixed_precision'])}",
     ]
-    assert lines[last + 4].startswith(f"unknown objects that get a class all the same: {show(passed)}")
-    assert ("--unknown_dir" in lines[last + 4]) is (run.options["unknown_dir"] is None)
-    assert lines[last + 5 :] == [f"finished: {run.folder / 'prototypes.npz'}, {run.folder / 'report.html'}"]
+    assert ("--unknown_dir" in lines[last + 6]) is (run.options["unknown_dir"] is None)
+    assert lines[-1] == f"finished: {run.folder / 'prototypes.npz'}, {run.folder / 'report.html'}"
+    assert len(lines) == last + (7 if run.options["unknown_dir"] else 8)
 
 
 def test_views_are_compared_over_the_test_crops_that_have_both(runs: Callable[[str], Run]) -> None:
@@ -537,18 +539,26 @@ def test_views_are_compared_over_the_test_crops_that_have_both(runs: Callable[[s
 
 
 def least_threshold(
-    scores: np.ndarray, is_right: np.ndarray, precision: float, prior: np.ndarray | None = None
+    scores: np.ndarray,
+    is_right: np.ndarray,
+    precision: float,
+    strange: np.ndarray,
+    prior: Callable[[float], float] | None = None,
+    share: float = 0.2,
 ) -> float:
-    """Return the least score above which the binomial bound at 60 % promises that share, where the prior counts as ten more."""
+    """Return the least score above which the binomial bound at 60 % promises that precision, where the prior counts as ten more.
+
+    The strangers are this share of the objects, whatever their number.
+    """
     passing = 1.0
-    for place in np.argsort(-scores):
-        above = scores >= scores[place]
-        num_right, num_answers = float(is_right[above].sum()), float(above.sum())
+    for score in sorted([*scores, *strange], reverse=True):
+        num_right = float(is_right[scores >= score].sum())
+        num_answers = (scores >= score).sum() + share / (1 - share) * len(scores) * (strange >= score).mean()
         if prior is not None:
-            num_right, num_answers = num_right + 10 * prior[place], num_answers + 10
+            num_right, num_answers = num_right + 10 * prior(score), num_answers + 10
         num_wrong = num_answers - num_right + (prior is None)
         if num_right and 1 - beta.ppf(0.6, max(num_wrong, 1e-9), num_right) >= precision:
-            passing = scores[place]
+            passing = score
     return float(passing)
 
 
@@ -561,12 +571,22 @@ def assert_threshold(threshold: float, scores: np.ndarray, expected: float) -> N
     assert threshold == pytest.approx(max(expected - 1e-4, (expected + below) / 2), abs=1e-5)
 
 
-def calibration_answers(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return class, score and rightness of the answers that thresholds are fitted on: val, and one half of the strangers."""
-    splits = ("val", "fit") if run.options["unknown_dir"] else ("val",)
-    scores = np.concatenate([run.scores(run.vectors(run.best, split)) for split in splits])
-    labels = np.concatenate([run.crops(split).labels for split in splits])
-    return scores.argmax(axis=1), scores.max(axis=1), scores.argmax(axis=1) == labels
+def calibration_answers(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return class, score and rightness of the answers to val, and the scores of strangers.
+
+    These are one half of --unknown_dir, or what heads without some classes made of these, on the scale of this gallery.
+    """
+    scores = run.scores(run.vectors(run.best, "val"))
+    best, is_right = scores.max(axis=1), scores.argmax(axis=1) == run.crops("val").labels
+    if run.options["unknown_dir"]:
+        strange = run.scores(run.vectors(run.best, "fit")).max(axis=1)
+    else:
+        unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]
+        middle, low = np.quantile(best, [0.5, 0.1])
+        strange = middle + (middle - low) * np.array(unseen["strangers"])
+        assert {"1", "5", "20"} == set(unseen["enrolled"]) == set(run.meta["enrolment"])
+    assert len(strange) > 10
+    return scores.argmax(axis=1), best, is_right, strange
 
 
 def test_temperature_is_fitted_on_val_alone(run: Run) -> None:
@@ -580,17 +600,7 @@ def test_temperature_is_fitted_on_val_alone(run: Run) -> None:
 
 
 def test_probabilities_are_fitted_on_val_and_on_strangers_that_the_embedder_has_not_seen(run: Run) -> None:
-    """Those of --unknown_dir, or what heads without some classes made of these, on the scale of this gallery."""
-    scores = run.scores(run.vectors(run.best, "val"))
-    best, is_right = scores.max(axis=1), scores.argmax(axis=1) == run.crops("val").labels
-    if run.options["unknown_dir"]:
-        strange = run.scores(run.vectors(run.best, "fit")).max(axis=1)
-    else:
-        unseen = torch.load(run.folder / "checkpoint_best.pth", weights_only=True)["unseen"]
-        middle, low = np.quantile(best, [0.5, 0.1])
-        strange = middle + (middle - low) * np.array(unseen["strangers"])
-        assert {"1", "5", "20"} == set(unseen["enrolled"]) == set(run.meta["enrolment"])
-    assert len(strange) > 10
+    _, best, is_right, strange = calibration_answers(run)
     every, expected = expected_probabilities(best, is_right, strange)
     np.testing.assert_allclose(probability_of(run, every), expected, atol=2e-3)
 
@@ -600,27 +610,55 @@ def expected_probabilities(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return all scores, and what scikit-learn makes of them when strangers weigh a fifth."""
     every = np.append(known, strange)
-    weights = np.repeat([0.8 / len(known), 0.2 / len(strange)], [len(known), len(strange)]) * len(every)
+    weights = np.repeat([1, len(known) / 4 / len(strange)], [len(known), len(strange)])
     standardised = (every[:, None] - every.mean()) / every.std()
     classifier = LogisticRegression().fit(standardised, np.append(is_right, np.zeros(len(strange), bool)), weights)
     return every, classifier.predict_proba(standardised)[:, 1]
 
 
-def test_thresholds_are_fitted_on_val_and_one_half_of_the_strangers(run: Run) -> None:
-    answers, best, is_right = calibration_answers(run)
+def test_thresholds_are_fitted_on_val_and_on_strangers_that_are_a_fifth_of_all(run: Run) -> None:
+    answers, best, is_right, strange = calibration_answers(run)
     precision = run.options["target_precision"]
-    prior = np.array([is_right[best >= score].mean() for score in best])
+
+    def prior(score: float) -> float:
+        passed = (best >= score).mean()
+        return 0.8 * is_right[best >= score].sum() / len(best) / (0.8 * passed + 0.2 * (strange >= score).mean())
+
     is_pooled = np.bincount(answers, minlength=5) < 20
     assert run.meta["pooled_thresholds"] == [run.class_names[label] for label in np.flatnonzero(is_pooled)]
     for label, threshold in enumerate(run.gallery["thresholds"].tolist()):
         mine = answers == label
         if is_pooled[label]:
-            assert_threshold(threshold, best, least_threshold(best, is_right, precision))
+            assert_threshold(threshold, np.append(best, strange), least_threshold(best, is_right, precision, strange))
         else:
-            expected = least_threshold(best[mine], is_right[mine], precision, prior[mine])
-            assert_threshold(threshold, best[mine], expected)
+            expected = least_threshold(best[mine], is_right[mine], precision, strange, prior)
+            assert_threshold(threshold, np.append(best[mine], strange), expected)
     for target, threshold in zip((0.9, 0.95, 0.99), run.meta["val_thresholds"], strict=True):
-        assert_threshold(threshold, best, least_threshold(best, is_right, target))
+        assert_threshold(threshold, np.append(best, strange), least_threshold(best, is_right, target, strange))
+
+
+def test_the_share_of_unknown_objects_can_be_changed_afterwards(
+    runs: Callable[[str], Run], tmp_path: Path, call_main: Callable
+) -> None:
+    """Thresholds and probabilities follow; where there are no unknown objects, strangers say nothing."""
+    run = runs("plain")
+    shutil.copytree(run.folder, tmp_path / "run")
+    _, best, is_right, strange = calibration_answers(run)
+    same = ("--run", tmp_path / "run", "--gpus", 0, "--workers", 0, "--precision", "fp32")
+    surest = probability_of(run, best).mean()
+    for share in (0.05, 0.0):
+        assert call_main("prototypes", "--unknown_share", share, *same) == 0
+        new = Run(tmp_path / "run")
+        for target, threshold in zip((0.9, 0.95, 0.99), new.meta["val_thresholds"], strict=True):
+            own = strange if share else np.array([-9.0])
+            expected = least_threshold(best, is_right, target, own, share=share)
+            assert_threshold(threshold, np.append(best, own), expected)
+        assert new.meta["val_thresholds"][0] < run.meta["val_thresholds"][0]
+        assert new.meta["unknown_share"] == share and probability_of(new, best).mean() > surest
+        surest = probability_of(new, best).mean()
+        assert all(found["figures"] is None for found in new.meta["enrolment"].values()), "measured at another share"
+        assert call_main("evaluate", *same) == 0
+        assert json.loads((tmp_path / "run" / "evaluation.json").read_text("utf-8"))["unknown_share"] == share
 
 
 # --- figures of the gallery
@@ -664,7 +702,11 @@ def measure(run: Run, split: str = "test") -> dict[str, dict[str, float | None]]
     if run.options["unknown_dir"]:
         strange = run.scores(run.vectors(run.best, "measure"))
         passed = strange.max(axis=1) >= gallery["thresholds"][strange.argmax(axis=1)]
+        known_passed = best >= gallery["thresholds"][answers]
+        share = 0.8 * known_passed.mean() + 0.2 * passed.mean()
+        mixed = 0.8 * (known_passed & is_right).mean() / share
         figures["unknown_passed"] = {"unknown_passed": passed.mean()}
+        figures["mixed_precision"] = {"mixed_precision": mixed}
         figures["open_set"] = separate(best, strange.max(axis=1))
         strange = strange.max(axis=1)
     else:  # each class in turn is taken out, and its images are the strangers
@@ -698,7 +740,7 @@ def values_of(recorded: dict) -> dict[str, dict[str, float | None]]:
     found = {f"closed {name}": own for name, own in recorded["closed"].items()}
     found |= {name: recorded[name] for name in ("retrieval", "thresholds", "open_set")}
     found |= {f"answers {index}": own for index, own in enumerate(recorded["answers"])}
-    found |= {name: {name: recorded[name]} for name in ("unknown_passed",) if name in recorded}
+    found |= {name: {name: recorded[name]} for name in ("unknown_passed", "mixed_precision") if name in recorded}
     found["probabilities"] = {"ece": {"value": recorded["ece"]}}
     return {
         group: {key: own["value"] for key, own in figures.items() if isinstance(own, dict) and "value" in own}
@@ -878,11 +920,9 @@ def test_an_enrolled_class_has_the_threshold_and_the_odds_that_heads_without_som
     enrolled = unseen["enrolled"]["1"]
     scores = (middle + (middle - low) * np.array(enrolled["scores"])).astype(np.float32)
     is_right = np.array(enrolled["is_right"])
-    expected = least_threshold(scores, is_right, run.options["target_precision"])
-    assert_threshold(thresholds[5], scores, expected)
-    strange = middle + (middle - low) * np.array(unseen["strangers"])
-    if run.options["unknown_dir"]:
-        strange = run.scores(run.vectors(run.best, "fit")).max(axis=1)
+    strange = calibration_answers(run)[3]
+    expected = least_threshold(scores, is_right, run.options["target_precision"], strange)
+    assert_threshold(thresholds[5], np.append(scores, strange), expected)
     every, expected = expected_probabilities(scores, is_right, strange)
     grown = Run(tmp_path / "run")
     np.testing.assert_allclose(probability_of(grown, every, 5), expected, atol=2e-3)
@@ -894,7 +934,8 @@ def test_an_enrolled_class_has_the_threshold_and_the_odds_that_heads_without_som
     remedy = capsys.readouterr().err.partition("first: python lct_dino3.py ")[2].split()
     assert call_main(*remedy, *same) == 0
     assert call_main(*command) == 0
-    assert_threshold(Run(tmp_path / "run").gallery["thresholds"][5], scores, least_threshold(scores, is_right, 0.6))
+    expected = least_threshold(scores, is_right, 0.6, strange)
+    assert_threshold(Run(tmp_path / "run").gallery["thresholds"][5], np.append(scores, strange), expected)
 
 
 def test_crops_of_an_enrolled_class_that_come_later_count_as_if_they_had_come_at_once(

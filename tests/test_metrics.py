@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from scipy.optimize import brentq
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, norm
 from sklearn import metrics
 from sklearn.metrics import roc_auc_score
 
@@ -204,7 +204,7 @@ def test_calibration_error_is_that_of_the_definition() -> None:
     """Of known objects, and of strangers that count as a fifth of all."""
     known, strangers = np.array([0.95, 0.91, 1.0, 0.05]), np.array([0.55, 0.93])
     probability, is_right = np.concatenate([known, strangers]), np.array([True, False, True, False, False, False])
-    figures = lct.reliability(probability, is_right, np.arange(6) < 4)
+    figures = lct.reliability(probability, is_right, np.arange(6) < 4, 0.2)
     bins = figures["reliability"]
     assert [row["share"] for row in bins] == pytest.approx([0.2, 0, 0, 0, 0, 0.1, 0, 0, 0, 0.7])
     high = bins[-1]
@@ -212,9 +212,9 @@ def test_calibration_error_is_that_of_the_definition() -> None:
     assert high["right"] == pytest.approx(0.4 / 0.7)
     expected = 0.2 * 0.05 + 0.1 * 0.55 + abs(0.2 * (0.95 + 0.91 + 1.0) + 0.1 * 0.93 - 0.4)
     assert figures["ece"] == pytest.approx(expected)
-    only_known = lct.reliability(known, is_right[:4], np.ones(4, bool))["reliability"]
+    only_known = lct.reliability(known, is_right[:4], np.ones(4, bool), 0.2)["reliability"]
     assert [only_known[0]["share"], only_known[-1]["share"]] == pytest.approx([0.25, 0.75])
-    assert lct.reliability(np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))["ece"] == 0.0
+    assert lct.reliability(np.zeros(0), np.zeros(0, bool), np.zeros(0, bool), 0.2)["ece"] == 0.0
 
 
 def proportion_interval(num_right: int, count: int) -> tuple[float, float]:
@@ -226,13 +226,15 @@ def proportion_interval(num_right: int, count: int) -> tuple[float, float]:
 def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
     scores, is_right = np.array([0.9, 0.8, 0.8, 0.7, 0.6]), np.array([True, True, False, True, True])
     for precision, expected in ((1.0, 0.9), (0.6, 0.6), (0.5, 0.6)):
-        threshold = lct.precision_threshold(scores, is_right, precision)
+        threshold = lct.precision_threshold(lct.Answers(scores, is_right), precision)
         assert threshold < expected == pytest.approx(threshold, abs=2e-4), "the same picture may round otherwise"
     near = np.array([0.5, 0.49999, 0.49998], np.float32)
-    assert near[1] < np.float32(lct.precision_threshold(near, np.array([True, False, False]), 1.0)) < near[0]
+    assert (
+        near[1] < np.float32(lct.precision_threshold(lct.Answers(near, np.array([True, False, False])), 1.0)) < near[0]
+    )
     near[1] = np.nextafter(near[0], np.float32(0))
-    assert lct.precision_threshold(near, np.array([True, False, False]), 1.0) == 0.5
-    assert lct.precision_threshold(np.array([0.5]), np.array([False]), 0.9) > 0.5
+    assert lct.precision_threshold(lct.Answers(near, np.array([True, False, False])), 1.0) == 0.5
+    assert lct.precision_threshold(lct.Answers(np.array([0.5]), np.array([False])), 0.9) > 0.5
     rng = np.random.default_rng(0)
     scores = np.round(rng.random(300), 2)
     is_right = rng.random(300) < scores
@@ -241,15 +243,15 @@ def test_precision_threshold_keeps_its_promise_and_ties_together() -> None:
         num_right, num_answers = int(is_right[scores >= threshold].sum()), int((scores >= threshold).sum())
         return brentq(lambda share: binom.sf(num_right - 1, num_answers, share) - 0.4, 1e-9, 1 - 1e-9)
 
-    threshold = lct.precision_threshold(scores, is_right, 0.9)
+    threshold = lct.precision_threshold(lct.Answers(scores, is_right), 0.9)
     assert promised(threshold) >= 0.9
     assert all(promised(lower) < 0.9 for lower in np.unique(scores) if lower < threshold)
 
 
 def test_eighteen_right_answers_are_the_least_that_promise_95_percent() -> None:
     scores = np.linspace(0.9, 0.5, 18)
-    assert lct.precision_threshold(scores, np.ones(18, bool), 0.95) < 0.5
-    assert lct.precision_threshold(scores[:17], np.ones(17, bool), 0.95) > 0.9
+    assert lct.precision_threshold(lct.Answers(scores, np.ones(18, bool)), 0.95) < 0.5
+    assert lct.precision_threshold(lct.Answers(scores[:17], np.ones(17, bool)), 0.95) > 0.9
 
 
 @pytest.mark.parametrize(("num_answers", "least"), [(70, 0.93), (150, 0.94), (300, 0.9475), (800, 0.9475)])
@@ -259,13 +261,58 @@ def test_thresholds_keep_their_promise_over_redrawn_val_sets(num_answers: int, l
     right = wrong = 0.0
     for _ in range(300):
         scores = rng.uniform(0.8, 1.0, num_answers)
-        threshold = lct.precision_threshold(scores, rng.random(num_answers) < scores, 0.95)
+        threshold = lct.precision_threshold(lct.Answers(scores, rng.random(num_answers) < scores), 0.95)
         share = (
             max(0.0, 1.0 - max(threshold, 0.8)) / 0.2
         )  # of further answers that pass; they are right (1 + threshold) / 2 times
         right += share * (1 + max(threshold, 0.8)) / 2
         wrong += share * (1 - max(threshold, 0.8)) / 2
     assert least <= right / (right + wrong) <= 0.97
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
+def test_thresholds_keep_their_promise_where_a_share_of_the_objects_is_unknown(share: float) -> None:
+    """However many of each were seen: of 300 known objects and 90 or 900 strangers, the mix of new ones decides."""
+    rng = np.random.default_rng(1)
+    for num_strangers in (90, 900):
+        right = passed = 0.0
+        for _ in range(200):
+            known, strangers = rng.normal(0.7, 0.1, 300), rng.normal(0.55, 0.1, num_strangers)
+            answers = lct.Answers(known, rng.random(300) < 0.98, strangers, share)
+            threshold = lct.precision_threshold(answers, 0.95)
+            known_passed, unknown_passed = (norm.sf(threshold, mean, 0.1) for mean in (0.7, 0.55))
+            right += (1 - share) * known_passed * 0.98
+            passed += (1 - share) * known_passed + share * unknown_passed
+        assert (right / passed == pytest.approx(0.98)) if share == 0 else (0.945 < right / passed < 0.965)
+    if share == 0:
+        alone = lct.precision_threshold(answers._replace(strangers=np.zeros(0)), 0.95)
+        assert threshold == alone, "strangers of which there are none say nothing"
+
+
+def test_strangers_count_in_each_class_as_they_do_in_all() -> None:
+    """They are spread over the classes as the answers are: two classes alike have the threshold of both together."""
+    rng = np.random.default_rng(2)
+    half = np.sort(rng.normal(0.7, 0.1, 400))
+    answers = lct.Answers(np.tile(half, 2), np.ones(800, bool), rng.normal(0.55, 0.1, 250), 0.2)
+    thresholds, is_pooled = lct.fit_thresholds(np.repeat([0, 1], 400), answers, 0.9, 2, torch.float32)
+    pooled = lct.precision_threshold(answers, 0.9)
+    assert not is_pooled.any() and thresholds[0] == thresholds[1]
+    assert thresholds[0] == pytest.approx(pooled, abs=0.01) and (half < pooled).mean() > 0.05
+    rarer = lct.fit_thresholds(np.repeat([0, 1], 400), answers._replace(unknown_share=0.1), 0.9, 2, torch.float32)[0]
+    assert (rarer < thresholds - 0.01).all()
+
+
+def test_the_mixed_precision_is_that_of_objects_of_which_a_share_is_unknown() -> None:
+    rng = np.random.default_rng(3)
+    is_known, is_accepted = np.arange(1000) < 600, rng.random(1000) < np.repeat([0.7, 0.3], [600, 400])
+    is_right = is_known & (rng.random(1000) < 0.9)
+    figure = lct.mixed_precision(np.arange(1000), is_known, is_accepted, is_right, 0.25)["mixed_precision"]
+    known, unknown = is_accepted[:600].mean(), is_accepted[600:].mean()
+    expected = 0.75 * (is_right & is_accepted)[:600].mean() / (0.75 * known + 0.25 * unknown)
+    assert figure["value"] == pytest.approx(expected)
+    assert figure["interval"][0] < expected < figure["interval"][1] and np.ptp(figure["interval"]) < 0.1
+    nobody = lct.mixed_precision(np.arange(1000), is_known, np.zeros(1000, bool), is_right, 0.25)["mixed_precision"]
+    assert nobody == {"value": None, "interval": None}
 
 
 def test_where_all_are_right_the_interval_is_that_of_wilson() -> None:
@@ -289,13 +336,15 @@ def test_where_all_are_right_the_interval_is_that_of_wilson() -> None:
 def test_a_threshold_leaves_as_much_room_as_the_precision_of_the_backbone_needs() -> None:
     """As far as there is room: half the way to the next score."""
     scores, is_right, sure = np.array([0.9, 0.5, 0.1]), np.array([True, True, False]), np.ones(3, bool)
-    room = [0.5 - lct.precision_threshold(scores, is_right, 1.0, dtype=dtype) for dtype in lct.SCORE_ROUNDING]
+    room = [
+        0.5 - lct.precision_threshold(lct.Answers(scores, is_right), 1.0, dtype=dtype) for dtype in lct.SCORE_ROUNDING
+    ]
     assert room == pytest.approx(list(lct.SCORE_ROUNDING.values()), rel=1e-2) and room == sorted(room)
     assert lct.SCORE_ROUNDING[torch.float32] == 1e-4 and lct.SCORE_ROUNDING[torch.bfloat16] >= 9.4e-4
-    alone = lct.fit_thresholds(np.zeros(3, int), scores, sure, 0.5, 1, torch.bfloat16)[0]
+    alone = lct.fit_thresholds(np.zeros(3, int), lct.Answers(scores, sure), 0.5, 1, torch.bfloat16)[0]
     assert alone == pytest.approx(0.1 - lct.SCORE_ROUNDING[torch.bfloat16])
     near = np.array([0.5, 0.4999])
-    assert lct.precision_threshold(near, np.array([True, False]), 1.0, dtype=torch.bfloat16) > 0.49994
+    assert lct.precision_threshold(lct.Answers(near, np.array([True, False])), 1.0, dtype=torch.bfloat16) > 0.49994
 
 
 def test_intervals_are_the_binomial_ones_and_keep_views_of_an_image_together() -> None:

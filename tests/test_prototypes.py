@@ -130,7 +130,7 @@ def test_the_offset_of_few_crops_leans_on_the_spread_of_val() -> None:
         assert lct.enrolment_offsets((0.0, 0.0), stacks, 1).tolist() == [0]
     val = make_embedded(1, 1)  # no class of it has a spread
     gallery = lct.build_gallery(make_records(36), make_embedded(9, 0), val, lct.Config())
-    assert lct.calibrate(gallery, val, 0.95, None, {}, torch.float32).spreads == (0.0, 0.0)
+    assert lct.calibrate(gallery, val, lct.Config(), None, {}, torch.float32).spreads == (0.0, 0.0)
 
 
 def test_references_cover_the_views_of_a_class_and_not_its_outlier() -> None:
@@ -186,7 +186,7 @@ def test_the_matcher_that_wins_on_val_is_taken() -> None:
 def test_a_gallery_with_enrolled_classes_answers_by_centroids_as_they_were_calibrated(tmp_path: Path) -> None:
     references, val = make_embedded(20, 0, spread=2.0), make_embedded(10, 1, spread=2.0)
     knn = lct.build_gallery(make_records(80), references, val, lct.Config(matcher="knn"))
-    evidence = (val, 0.8, None, {}, torch.float32)
+    evidence = (val, lct.Config(target_precision=0.8), None, {}, torch.float32)
     plain = lct.calibrate(dataclasses.replace(knn, matcher="centroid"), *evidence)
     by_centroid = {name: getattr(plain, name) for name in lct.CALIBRATED}
     lct.save_gallery(
@@ -307,7 +307,7 @@ def test_threshold_is_the_least_score_with_the_target_precision() -> None:
     rng = np.random.default_rng(3)
     best = rng.uniform(0, 1, 400)
     is_right = rng.uniform(0, 1, 400) < best
-    thresholds, is_pooled = lct.fit_thresholds(np.zeros(400, int), best, is_right, 0.85, 2, torch.float32)
+    thresholds, is_pooled = lct.fit_thresholds(np.zeros(400, int), lct.Answers(best, is_right), 0.85, 2, torch.float32)
 
     def promised(score: float) -> float:  # by the binomial bound at 60 %
         num_right, num_answers = is_right[best >= score].sum(), (best >= score).sum()
@@ -322,17 +322,21 @@ def test_two_errors_do_not_silence_a_class_while_all_classes_together_are_right(
     scores = np.concatenate([np.linspace(0.9, 0.5, 35), np.linspace(0.95, 0.5, 300)]).astype(np.float32)
     answers, is_right = np.repeat([0, 1], (35, 300)), np.ones(335, bool)
     is_right[[20, 21]] = False  # 33 of 35 are less than 95 %, and the 20 before them are the only ones without an error
-    alone = lct.precision_threshold(scores[:35], is_right[:35], 0.95)
+    alone = lct.precision_threshold(lct.Answers(scores[:35], is_right[:35]), 0.95)
     assert (scores[:35] >= alone).sum() == 20
-    thresholds, is_pooled = lct.fit_thresholds(answers, scores, is_right, 0.95, 2, torch.float32)
+    thresholds, is_pooled = lct.fit_thresholds(answers, lct.Answers(scores, is_right), 0.95, 2, torch.float32)
     assert (scores[:35] >= thresholds[0]).all() and not is_pooled.any()
     is_right[:35] = np.arange(35) % 3 == 0  # a class that is wrong that often keeps being told from the others
-    assert (scores[:35] >= lct.fit_thresholds(answers, scores, is_right, 0.95, 2, torch.float32)[0][0]).mean() < 0.3
+    assert (
+        scores[:35] >= lct.fit_thresholds(answers, lct.Answers(scores, is_right), 0.95, 2, torch.float32)[0][0]
+    ).mean() < 0.3
 
 
 def test_a_class_that_is_never_right_answers_unknown() -> None:
     scores = np.linspace(0.2, 0.9, 30).astype(np.float32)
-    thresholds, _ = lct.fit_thresholds(np.zeros(30, int), scores, np.zeros(30, bool), 0.95, 2, torch.float32)
+    thresholds, _ = lct.fit_thresholds(
+        np.zeros(30, int), lct.Answers(scores, np.zeros(30, bool)), 0.95, 2, torch.float32
+    )
     assert thresholds[0] > scores.max()
 
 
@@ -350,7 +354,7 @@ def test_probabilities_are_those_of_objects_of_which_one_in_five_is_unknown() ->
     right, wrong, strangers = (rng.normal(mean, 0.1, count) for mean, count in ((0.7, 2700), (0.5, 300), (0.5, 700)))
     known = np.concatenate([right, wrong])
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 0), make_embedded(10, 1), lct.Config())
-    log_odds = lct.fit_log_odds(known, np.arange(3000) < 2700, strangers)
+    log_odds = lct.fit_log_odds(lct.Answers(known, np.arange(3000) < 2700, strangers, 0.2))
     gallery = dataclasses.replace(gallery, log_odds=np.array([(0, 0), log_odds, (9, 9), (9, 9), (9, 9)]))
     scores = np.linspace(0.3, 0.9, 13)
     of_right, of_wrong = (np.exp(-((scores - mean) ** 2) / 0.02) for mean in (0.7, 0.5))
@@ -361,9 +365,9 @@ def test_probabilities_are_those_of_objects_of_which_one_in_five_is_unknown() ->
 def test_probabilities_where_all_or_none_are_right() -> None:
     few = np.array([0.8, 0.7], np.float32)
     for is_right, expected in (([True, True], 0.75), ([False, False], 0.25)):
-        slope, intercept = lct.fit_log_odds(few, np.array(is_right), np.zeros(0, np.float32))
+        slope, intercept = lct.fit_log_odds(lct.Answers(few, np.array(is_right)))
         assert slope == 0 and 1 / (1 + np.exp(-intercept)) == pytest.approx(expected)
-    slope, _ = lct.fit_log_odds(few, np.array([True, True]), np.array([0.9, 0.95], np.float32))
+    slope, _ = lct.fit_log_odds(lct.Answers(few, np.array([True, True]), np.array([0.9, 0.95], np.float32), 0.2))
     assert slope == 0, "strangers that score higher than known objects make no probability that falls"
 
 
@@ -374,23 +378,34 @@ def test_where_no_image_was_taken_for_an_enrolled_class_nothing_is_known() -> No
     enrolled = {"1": {"scores": [], "is_right": [], "figures": figures}}
     enrolled["5"] = {"scores": [0.5, 0.4], "is_right": [True, False], "figures": figures}
     unseen = {"strangers": [-1.0, 0.0], "enrolled": enrolled}
-    gallery = lct.calibrate(gallery, make_embedded(10, 1), 0.95, None, unseen, torch.float32)
+    gallery = lct.calibrate(gallery, make_embedded(10, 1), lct.Config(), None, unseen, torch.float32)
     assert set(gallery.enrolment) == {"5"} and lct.find_enrolment_figures(gallery, 1) == gallery.enrolment["5"]
 
 
 def test_a_class_of_few_test_images_is_named_whatever_their_views() -> None:
     train, images = make_embedded(9, 0), make_embedded(lct.FEW_IMAGES, 1)
     gallery = lct.build_gallery(make_records(36), train, images, lct.Config())
-    gallery = lct.calibrate(gallery, images, 0.95, None, {}, torch.float32)
+    gallery = lct.calibrate(gallery, images, lct.Config(), None, {}, torch.float32)
     fewer = images.take(np.arange(1, 4 * lct.FEW_IMAGES))
     both_views = lct.concatenate_embedded([fewer, fewer._replace(views=fewer.views + np.uint8(1))])
     assert lct.measure_gallery(gallery, both_views)["few"] == [gallery.class_names[images.labels[0]]]
 
 
+def test_strangers_are_other_images_than_those_of_test_with_the_same_numbers() -> None:
+    train, images = make_embedded(9, 0, spread=1.0), make_embedded(10, 1, spread=1.0)
+    gallery = lct.build_gallery(make_records(36), train, images, lct.Config())
+    gallery = lct.calibrate(gallery, images, lct.Config(target_precision=0.85), None, {}, torch.float32)
+    strangers = make_embedded(10, 2, spread=3.0)
+    figures, expected = (
+        lct.measure_gallery(gallery, images, strangers._replace(rows=strangers.rows + first)) for first in (0, 1000)
+    )
+    assert figures == expected and 0 < figures["unknown_passed"]["value"] < figures["mixed_precision"]["value"] < 1
+
+
 def test_evaluate_prints_accuracy_and_f1_of_each_matcher() -> None:
     train, val = make_embedded(9, 0), make_embedded(9, 1)
     gallery = lct.calibrate(
-        lct.build_gallery(make_records(36), train, val, lct.Config()), val, 0.95, None, {}, torch.float32
+        lct.build_gallery(make_records(36), train, val, lct.Config()), val, lct.Config(), None, {}, torch.float32
     )
     figures = lct.measure_gallery(gallery, val._replace(labels=np.maximum(val.labels, 1)))
     for line, closed in zip(lct.format_measures(figures).splitlines(), figures["closed"].values(), strict=False):
@@ -401,7 +416,7 @@ def test_evaluate_prints_accuracy_and_f1_of_each_matcher() -> None:
 def test_where_all_answers_are_right_or_wrong_the_f1_is_no_surer_than_the_accuracy() -> None:
     train, val = make_embedded(9, 0, spread=0.01), make_embedded(9, 1, spread=0.01)
     gallery = lct.calibrate(
-        lct.build_gallery(make_records(36), train, val, lct.Config()), val, 0.95, None, {}, torch.float32
+        lct.build_gallery(make_records(36), train, val, lct.Config()), val, lct.Config(), None, {}, torch.float32
     )
     for labels, value in ((val.labels, 1.0), ((val.labels + 1) % 4, 0.0)):
         for figures in lct.measure_gallery(gallery, val._replace(labels=labels))["closed"].values():
@@ -428,7 +443,7 @@ def test_a_class_taken_out_is_scored_by_the_others() -> None:
 def test_file_has_format_3_and_needs_no_pickle(tmp_path: Path) -> None:
     val = make_embedded(20, 2)
     gallery = lct.build_gallery(make_records(80), make_embedded(20, 1), val, lct.Config(max_refs_per_class=7))
-    gallery = lct.calibrate(gallery, val, 0.95, None, {}, torch.float32)
+    gallery = lct.calibrate(gallery, val, lct.Config(), None, {}, torch.float32)
     lct.save_gallery(tmp_path / "prototypes.npz", gallery, {"model_id": "m", "mean": (0.5, 0.5, 0.5), "emb_dim": 16})
     with np.load(tmp_path / "prototypes.npz", allow_pickle=False) as file:
         content = {name: file[name] for name in file.files}
@@ -520,7 +535,7 @@ def test_a_sound_file_of_arrays_that_do_not_belong_together_is_refused_in_one_se
 def test_every_flipped_bit_of_the_file_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     val = make_embedded(2, 2)
     gallery = lct.build_gallery(make_records(80), make_embedded(2, 1), val, lct.Config())
-    gallery = lct.calibrate(gallery, val, 0.95, None, {}, torch.float32)
+    gallery = lct.calibrate(gallery, val, lct.Config(), None, {}, torch.float32)
     path = tmp_path / "prototypes.npz"
     lct.save_gallery(path, gallery, {"model_id": "m"})
     data = path.read_bytes()
@@ -562,7 +577,7 @@ def test_very_many_classes_need_no_memory_for_all_scores(monkeypatch: pytest.Mon
     monkeypatch.setattr(lct, "BOOTSTRAP_DRAWS", 2)
     tracemalloc.start()
     gallery = lct.build_gallery(make_records(2 * num_classes, num_classes), train, val, lct.Config())
-    gallery = lct.calibrate(gallery, val, 0.95, None, {}, torch.float32)
+    gallery = lct.calibrate(gallery, val, lct.Config(), None, {}, torch.float32)
     figures = lct.measure_gallery(gallery, val)
     loss, macro, _ = lct.classify(lambda own: own @ gallery.centroids.T, val.values, val.labels, gallery.class_names)
     matched = lct.recall_at_1(train.values, train.labels, val)

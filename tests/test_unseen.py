@@ -78,7 +78,7 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float, 
     assert len(scores["strangers"]) == 201 and scores["strangers"] == sorted(scores["strangers"])
     for at, kept in zip(figures["enrolment"], scores["enrolled"].values(), strict=True):
         assert kept["figures"] == at and len(kept["scores"]) == len(kept["is_right"]) > 0
-    heads, is_test, *_ = enrolment.calls[0]
+    heads, _, is_test, *_ = enrolment.calls[0]
     found = [at["answers"] * (at["precision"] or 0.0) for at in figures["enrolment"]]
     np.testing.assert_allclose(found, [at["recall"] * is_test.sum() for at in figures["enrolment"]], atol=1)
     strangers = np.concatenate([head.scores[head.is_unseen & ~is_test] for head in heads])
@@ -88,6 +88,42 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float, 
         np.testing.assert_allclose(medians, 0, atol=0.5)
     low, high = figures["unknown_passed"]["interval"]
     assert 0 <= low <= figures["unknown_passed"]["value"] <= high <= 1
+
+
+def test_thresholds_of_a_head_are_set_with_the_strangers_of_the_others(patch_used: Callable) -> None:
+    """Else they would be judged by what they were set with; strangers are a fifth of the objects, for enrolled classes too."""
+    job = make_job()
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, target_precision=0.85))
+    enrolment = patch_used(lct, "measure_enrolment")
+    figures, _ = lct.measure_unseen(job, draw_features(job, 1.2))
+    heads, _, is_test, *_ = enrolment.calls[0]
+    known_passed, passed, right = [], [], []
+    found: dict[int, list[bool]] = {1: [], 5: [], 20: []}
+    for head in heads:
+        rest = [other for other in heads if other is not head]
+        strange = np.concatenate([other.scores[other.is_unseen & ~is_test] for other in rest])
+        is_val, is_known, is_strange = (
+            mask for mask in (~head.is_unseen & ~is_test, ~head.is_unseen & is_test, head.is_unseen & is_test)
+        )
+        answers = lct.Answers(head.scores[is_val], head.is_right[is_val], strange, 0.2)
+        thresholds = lct.fit_thresholds(head.classes[is_val], answers, 0.85, NUM_CLASSES, torch.float32)[0]
+        is_accepted = head.scores >= thresholds[head.classes]
+        known_passed += is_accepted[is_known].tolist()
+        right += (is_accepted & head.is_right)[is_known].tolist()
+        passed += is_accepted[is_strange].tolist()
+        for crops, own in found.items():
+            evidence = lct.Answers(*lct.answers_of_enrolled(rest, is_test, crops), strange, 0.2)
+            threshold = lct.precision_threshold(evidence, 0.85)
+            for scores, is_new, is_right in zip(*head.enrolled[crops], strict=True):
+                own += is_right[is_test & is_new & (scores >= threshold)].tolist()
+    assert 0.1 < np.mean(passed) < 0.7 < np.mean(known_passed)
+    assert figures["unknown_passed"]["value"] == pytest.approx(np.mean(passed))
+    mixed = 0.8 * np.mean(right) / (0.8 * np.mean(known_passed) + 0.2 * np.mean(passed))
+    assert figures["mixed_precision"]["value"] == pytest.approx(mixed)
+    for at in figures["enrolment"]:
+        own = found[at["crops"]]
+        assert (at["answers"], at["precision"]) == (len(own) // 3, pytest.approx(np.mean(own)) if own else None)
+    assert sum(map(len, found.values())) > 50
 
 
 def test_galleries_that_choose_nearest_references_know_how_centroids_answer() -> None:

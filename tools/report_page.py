@@ -359,7 +359,10 @@ def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None
     return {
         "rows": [(name, figure["value"], figure["interval"]) for name, figure in rows],
         "unknown": unknown,
-        "passed": [(source["unknown_passed"], subject) for subject, source in sources if "unknown_passed" in source],
+        "strangers": [(subject, source) for subject, source in sources if "unknown_passed" in source],
+        "unknown_share": measured.get(
+            "unknown_share"
+        ),  # None in a run of an older script, whose thresholds allow for none
         "source": measured["open_set"]["source"],
         "answers": measured["answers"],
         "thresholds": measured["thresholds"],
@@ -379,6 +382,7 @@ def view_calibration(figures: Figures) -> dict[str, Any] | None:
         "bins": bins,
         "source": source["open_set"]["source"],
         "error": source["ece"],
+        "unknown_share": figures.measured.get("unknown_share", 0.2),  # older runs do not name it
         "claimed": sum(row["share"] * row["probability"] for row in bins),
         "right": sum(row["share"] * row["right"] for row in bins),
     }

@@ -41,7 +41,7 @@ def main() -> None:
     records = SimpleNamespace(class_names=tuple(map(str, range(num_classes))), paths=paths)
     started = time.perf_counter()
     gallery = lct.build_gallery(records, references, val, lct.Config())
-    gallery = lct.calibrate(gallery, val, 0.95, None, {}, torch.float32)
+    gallery = lct.calibrate(gallery, val, lct.Config(), None, {}, torch.float32)
     built = time.perf_counter()
     lct.measure_gallery(gallery, test)
     ended = time.perf_counter()

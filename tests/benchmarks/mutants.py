@@ -62,7 +62,14 @@ FAULTS = {
         'unknown_half.rows("test")', 'unknown_half.rows("val")', "test_figures.py -k evaluate"
     ),
     "strangers count as right": Fault(
-        "np.zeros(len(stranger_scores), bool)", "np.ones(len(stranger_scores), bool)", "test_figures.py -k thresholds"
+        "np.append(self.is_right, np.zeros(len(strangers), bool))",
+        "np.append(self.is_right, np.ones(len(strangers), bool))",
+        "test_figures.py -k thresholds",
+    ),
+    "a head's own strangers": Fault(
+        "answers = Answers(head.scores[is_val], head.is_right[is_val], other_strangers, share)",
+        "answers = Answers(head.scores[is_val], head.is_right[is_val], strangers[0], share)",
+        "test_unseen.py -k strangers_of_the_others",
     ),
     "strangers in the temperature": Fault(
         "fit_temperature(gallery.scores(val.values[few]), val.labels[few])",

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/quality.py [seeds [data set ...]]
     python tests/benchmarks/quality.py sizes FILE    # weights of tf_efficientnet_lite0
+    python tests/benchmarks/quality.py strangers FILE
 
 Every image is embedded once in 15 augmented views and clean, in fp32 and in bf16; all runs draw from these, so that a run is head
 training alone and many seeds can be had. The seed draws split, order, weights of the head, and which views are the cached ones.
@@ -10,10 +11,14 @@ run a second. Data and ImageNet weights (mobilenetv2_035) lie beside the reposit
 
 `sizes` compares prototype matching at 160, 224 and 288 px, on the default split with four cached views and features in the match,
 with logistic regression whose C is chosen on val: fitted on clean views, and on all.
+
+`strangers` trains whole runs without a fifth of the classes, whose images are then the unknown objects, and prints what thresholds
+are worth on test images and on these, by the share of unknown objects that they allow for and by the source of their scores.
 """
 
 import dataclasses
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -177,7 +182,59 @@ def compare_sizes(name: str, weights: Path, num_seeds: int = 5) -> None:
         )
 
 
+def judge_thresholds(name: str, weights: Path, num_seeds: int = 4) -> None:
+    """Print coverage, share of strangers that pass, and precision in a mix of both: means of runs by kind of threshold."""
+    names = sorted(path.name for path in (SHARED / name).iterdir() if path.is_dir())
+    found: dict[tuple, list[tuple[float, ...]]] = {}
+    for seed in range(1, num_seeds + 1):
+        left_out = sorted(np.random.default_rng(seed).choice(names, len(names) // 5, replace=False).tolist())
+        with tempfile.TemporaryDirectory() as folder:
+            class_map, unknown_dir = Path(folder) / "map.yaml", Path(folder) / "unknown"
+            class_map.write_text(f"null: [{', '.join(left_out)}]\n")
+            unknown_dir.mkdir()
+            for class_name in left_out:
+                (unknown_dir / class_name).symlink_to(SHARED / name / class_name)
+            command = f"--model_id tf_efficientnet_lite0 --img_size 160 --gpus 0 --seed {seed}".split()
+            command += ["--data_root", SHARED / name, "--class_map", class_map, "--out_dir", Path(folder) / "run"]
+            command += ["--backbone_weights", weights, *(["--group_regex", GROUPS[name]] if GROUPS[name] else [])]
+            subprocess.run([sys.executable, ROOT / lct.SCRIPT_NAME, *command], check=True, stdout=subprocess.DEVNULL)
+            run = lct.load_run(Path(folder) / "run", CPU)
+            options = lct.RunOptions(run=run.path)
+            records, strangers = lct.scan_run_data(run, run.config), lct.unknown_records(unknown_dir)
+            val, test = (
+                lct.embed_records(run, records, records.rows(split), options, run.embed) for split in ("val", "test")
+            )
+            given, judged = (
+                lct.embed_records(run, strangers, strangers.rows(split), options, run.embed)
+                for split in ("val", "test")
+            )
+        for target, share, source in (
+            *((target, share, "heads") for target in (0.95, 0.9) for share in (0.0, 0.05, 0.1, 0.2)),
+            *((0.95, 0.2, source) for source in ("--unknown_dir", "classes out of the gallery")),
+        ):
+            config = dataclasses.replace(run.config, target_precision=target, unknown_share=share)
+            vectors = given.values if source == "--unknown_dir" else None
+            unseen = run.unseen if source == "heads" else {}
+            gallery = lct.calibrate(run.gallery, val, config, vectors, unseen, torch.float32)
+            figures = lct.measure_gallery(gallery, test, judged)
+            passed, coverage = figures["unknown_passed"]["value"], figures["thresholds"]["coverage"]["value"]
+            right = coverage * (figures["thresholds"]["precision"]["value"] or 0.0)
+            precisions = [(1 - mix) * right / ((1 - mix) * coverage + mix * passed) for mix in (share, 0.2)]
+            found.setdefault((target, share, source), []).append((coverage, passed, *precisions))
+    for (target, share, source), rows in found.items():
+        coverage, passed, own, fifth = np.mean(rows, axis=0)
+        print(
+            f"{name}, {target:.0%} asked, {share:.0%} unknown ({source}): {coverage:.3f} of the known and {passed:.3f} of the"
+            f" unknown get a class; right {own:.3f} at that share, {fifth:.3f} at 20 %",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["strangers"]:
+        for data in GROUPS:
+            judge_thresholds(data, Path(sys.argv[2]))
+        sys.exit()
     if sys.argv[1:2] == ["sizes"]:
         for data in GROUPS:
             compare_sizes(data, Path(sys.argv[2]))

@@ -593,7 +593,9 @@ def measure_drawn(folder: Path) -> dict[str, Any]:
         np.zeros(30, np.int8),
     )
     part = lct.Embedded(np.arange(30), np.zeros(30, np.uint8), labels, values)
-    gallery = lct.calibrate(lct.build_gallery(records, part, part, lct.Config()), part, 0.95, None, {}, torch.float32)
+    gallery = lct.calibrate(
+        lct.build_gallery(records, part, part, lct.Config()), part, lct.Config(), None, {}, torch.float32
+    )
     return lct.to_json(lct.measure_gallery(gallery, part))
 
 
@@ -605,7 +607,7 @@ def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_traine
 
     def draw(num_strangers: int) -> dict[str, Any]:
         probability, is_known = rng.random(40 + num_strangers), np.arange(40 + num_strangers) < 40
-        return lct.reliability(probability, is_known & (rng.random(len(is_known)) < probability), is_known)
+        return lct.reliability(probability, is_known & (rng.random(len(is_known)) < probability), is_known, 0.2)
 
     measured, unseen = draw(10), draw(30)
     figures = measure_drawn(tmp_path) | measured
@@ -626,7 +628,7 @@ def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_traine
         shares = [int(share) for share in re.findall(r'y="270">(\d+) %<', text)]
         assert shares == [round(100 * row["share"]) for row in shown["reliability"]]
         run.events.append({"event": "unseen_classes", **others, **unseen})
-    assert "not trained on" in text and "0.123 of the images of classes never trained on get a class" in section(
+    assert "not trained on" in text and "0.123 (0.100 – 0.150) of the images of classes never trained on" in section(
         page, "trust"
     )
 
@@ -896,6 +898,7 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
         {"crops": 5, "new": 0.383, "old": 0.775, "before": 0.791, "recall": 0.234, "precision": 0.954, "answers": 7}
     ]
     unseen = {"classes": ["hammer"], "images": 9, "unknown_passed": told, "enrolment": enrolment}
+    unseen["mixed_precision"] = {"value": 0.912, "interval": [0.887, 0.936]}
     unseen |= {"ece": 0.045, "reliability": measured["reliability"]}
     run.events.append(
         {"event": "unseen_classes", **unseen, "open_set": {"source": "others", **way, "others": {"regression": way}}}
@@ -903,6 +906,9 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     del unseen["reliability"]
     figures = {*re.findall(r"\d\.\d{3}", lct.format_measures(measured) + str(unseen))}
     page = make_page(run.write())
+    words = " ".join(section(page, "trust").split())
+    assert "for objects of which 20 % are unknown. " in words.replace("</p>", " ")
+    assert "If 20 % of all objects are such, 0.912 (0.887 – 0.936) of the classes given are right" in words
     shown = {*re.findall(r"\d\.\d{3}", section(page, "trust") + section(page, "calibration"))}
     assert figures - shown <= {f"{measured['ece']:.3f}"}, "the log leaves them to it"
 
