@@ -38,7 +38,7 @@ CLASSES = ("hammer", 'гаечный <b>ключ "5"', "pliers & co")
 # The precision is low, so that the labels hold classes as well as `unknown`.
 TRAINED = (
     *TINY_RUN,
-    *"--no-freeze_backbone --batch 64 --epochs 12 --lr 0.01 --save_every 0 --target_precision 0.5".split(),
+    *"--no-freeze_backbone --batch 64 --epochs 12 --lr 0.01 --save_every 0 --target_precision 0.5 --unknown_share 0".split(),
 )
 FLAGS = ("--gpus", "0", "--workers", "0")
 SIZE = (300, 240)
