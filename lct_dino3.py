@@ -9382,10 +9382,18 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
 
 
 def exit_process(code: int) -> None:
-    """End the process with an exit code, without waiting for busy threads when interrupted, or for other ranks after a failure."""
+    """End the process with an exit code; without Python's clean-up if it waits for busy threads, or is one of several ranks.
+
+    After an interruption a huge image may still be decoding, and ranks that have ended never answer. In the clean-up, gloo's threads
+    may abort a rank; if rank 0 has not finished then, torchrun ends the whole job.
+    """
     is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
-    if (code > 128 and is_busy) or (code and dist.is_initialized()):
-        os._exit(code)  # a huge image may still be decoding, and ranks that have ended never answer
+    if (code > 128 and is_busy) or dist.is_torchelastic_launched():
+        for worker in multiprocessing.active_children():  # of loaders
+            worker.terminate()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(end="", flush=True)
+        os._exit(code)
     sys.exit(code)
 
 

@@ -310,7 +310,7 @@ def test_what_only_another_machine_lacks_is_said_there(nursery: Nursery, data: P
     assert "Traceback" not in str(ends)
 
 
-def start_torchrun(*argv: object) -> subprocess.Popen[str]:
+def start_torchrun(*argv: object, **variables: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -321,7 +321,7 @@ def start_torchrun(*argv: object) -> subprocess.Popen[str]:
         "1",
         "--standalone",
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen([*command, SCRIPT, *map(str, argv)], env=env, cwd=REPO, stderr=subprocess.PIPE, text=True)
 
 
@@ -347,7 +347,10 @@ def test_a_loader_worker_that_is_killed_is_named_by_the_process_that_it_read_for
 
 
 def test_torchrun_starts_again_what_was_killed(data: Path, alone: Path, tmp_path: Path) -> None:
-    launcher = start_torchrun("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN)
+    """A rank that ends before the first one has finished, and is aborted by its own threads then, does not end the job."""
+    abort_at_exit = "import atexit, os\nif os.environ.get('RANK') == '1':\n    atexit.register(os.abort)\n"
+    (tmp_path / "sitecustomize.py").write_text(abort_at_exit)
+    launcher = start_torchrun("--data_root", data, "--out_dir", tmp_path / "run", *FROZEN, PYTHONPATH=str(tmp_path))
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("run/checkpoint_last.pth")) and time.monotonic() < deadline:
         time.sleep(0.05)
