@@ -9384,8 +9384,8 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
 def exit_process(code: int) -> None:
     """End the process with an exit code; without Python's clean-up if it waits for busy threads, or is one of several ranks.
 
-    After an interruption a huge image may still be decoding, and ranks that have ended never answer. In the clean-up, gloo's threads
-    may abort a rank; if rank 0 has not finished then, torchrun ends the whole job.
+    After an interruption a huge image may still be decoding, and ranks that have ended never answer. In the clean-up, threads of
+    gloo may abort a rank; if rank 0 has not finished then, torchrun ends the whole job.
     """
     is_busy = any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate())
     if (code > 128 and is_busy) or dist.is_torchelastic_launched():
