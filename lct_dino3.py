@@ -5596,7 +5596,11 @@ def mixed_precision(
         weights = share_weights(is_known[drawn], unknown_share) * is_accepted[drawn]
         return {"mixed_precision": (weights * is_right[drawn]).sum() / weights.sum() if weights.any() else math.nan}
 
-    return with_intervals(compute, images)
+    figures = with_intervals(compute, images)
+    figure = figures["mixed_precision"]
+    if figure["value"] in (0.0, 1.0):  # all draws agree
+        figure["interval"] = wilson_interval(figure["value"], images[is_accepted])
+    return figures
 
 
 def reliability(
@@ -9148,7 +9152,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         result += f"test images that get a class, not `unknown`: {coverage}\n"
         if "unknown_passed" in figures:
             result += format_unknown(figures, gallery.unknown_share)
-        elif unseen:
+        elif "mixed_precision" in unseen:  # a run that an older script began has not measured it
             result += format_unknown(unseen, gallery.unknown_share)
             result += (
                 "\nthese are of classes that heads were trained without; --unknown_dir DIR measures those of production"

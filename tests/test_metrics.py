@@ -313,6 +313,9 @@ def test_the_mixed_precision_is_that_of_objects_of_which_a_share_is_unknown() ->
     assert figure["interval"][0] < expected < figure["interval"][1] and np.ptp(figure["interval"]) < 0.1
     nobody = lct.mixed_precision(np.arange(1000), is_known, np.zeros(1000, bool), is_right, 0.25)["mixed_precision"]
     assert nobody == {"value": None, "interval": None}
+    sure = lct.mixed_precision(np.arange(1000), is_known, is_accepted & is_right, is_right, 0.25)["mixed_precision"]
+    low = proportion_interval(count := int((is_accepted & is_right).sum()), count)[0]
+    assert sure == {"value": 1.0, "interval": pytest.approx([low, 1.0], rel=1e-4)}
 
 
 def test_where_all_are_right_the_interval_is_that_of_wilson() -> None:
