@@ -448,7 +448,8 @@ def _plan_jobs(
     jobs = []
     for request, stamp in zip(missing, stamps, strict=True):
         record = records.get(request.path)
-        was_refused = record is not None and record["reason"]
+        # Without an area the crop could not be read, as on a disk that was away for a minute.
+        was_refused = record is not None and record["area"] is not None and record["reason"]
         if not was_refused or [record["size"], record["mtime_ns"], record["settings"]] != [*stamp, settings]:
             jobs.append((request, stamp))
     return jobs, settings

@@ -468,6 +468,18 @@ def test_a_broken_image_costs_that_image(config: masks.MaskOptions, asked: list[
     assert asked == []
 
 
+def test_a_crop_that_could_not_be_read_is_tried_again(config: masks.MaskOptions, asked: list[bytes]) -> None:
+    """A disk that is away for a minute changes neither the size nor the time of its files."""
+    request = make_requests(config)[0]
+    away = request.source.rename(request.source.with_suffix(".away"))
+    stat_files = lct.stat_files
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lct, "stat_files", lambda root, paths: stat_files(root, [str(away) for _ in paths]))
+        assert generate(config, [request])[request.path]["reason"] == "No such file or directory"
+    away.rename(request.source)
+    assert generate(config, [request])[request.path]["reason"] is None and request.target.exists()
+
+
 def test_a_name_too_long_for_a_mask_costs_that_image(config: masks.MaskOptions, asked: list[bytes]) -> None:
     for length in (119, 124):  # a mask of the second name cannot even be looked for
         path = f"hammer/{'я' * length}.png"
