@@ -1314,6 +1314,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears complete or not at all: temporary file, fsync, rename, fsync of the folder.
 
+    The writers of torch and numpy replace an Interrupted raised inside them: hold signals around them with `SIGNALS.hold`.
+
     Raises UserError if it cannot be written; an earlier file of this name then stays as it is, unless only the fsync of the folder
     failed.
     """
@@ -5874,7 +5876,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
 
     A program that resumes from it needs `epoch` (finished epochs) and `batches` (finished batches of the next) in the payload.
     """
-    with SIGNALS.hold(), atomic_file(path) as file:  # torch's writer would replace an Interrupted raised inside it
+    with SIGNALS.hold(), atomic_file(path) as file:
         torch.save({"format": CHECKPOINT_FORMAT, **payload}, file)
 
 
@@ -6715,7 +6717,7 @@ def nearest_references(gallery: Gallery, queries: np.ndarray, labels: np.ndarray
 def write_embeddings(path: Path, records: Records, embedded: dict[str, Embedded]) -> None:
     """Write the embeddings of all splits with their labels, paths, views and masks; readable with `allow_pickle=False`."""
     combined = concatenate_embedded(embedded.values())
-    with atomic_file(path) as file:
+    with SIGNALS.hold(), atomic_file(path) as file:
         np.savez(
             file,
             embeddings=combined.values,
@@ -6767,7 +6769,7 @@ def save_gallery(path: Path, gallery: Gallery, meta: dict[str, Any]) -> None:
         "pooled_thresholds": list(itertools.compress(gallery.class_names, gallery.is_pooled)),  # names of the classes
     }
     texts = {"cls2id": {name: index for index, name in enumerate(gallery.class_names)}, "meta": to_json(meta)}
-    with atomic_file(path) as file:
+    with SIGNALS.hold(), atomic_file(path) as file:
         np.savez(
             file,
             **gallery.arrays(),

@@ -197,6 +197,26 @@ def run_main(*args: object, main: Callable[..., int] | None = None, draws: int =
             signal.signal(number, handler)
 
 
+def interrupt_writing(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Send SIGTERM at the second of the writes to a file of the script whose name contains `name`: torch replaces the exception."""
+
+    class InterruptedFile(io.FileIO):
+        num_writes = 0
+
+        def write(self, data: bytes) -> int:
+            self.num_writes += 1
+            if self.num_writes == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(data)
+
+    def open_file(path: Path, mode: str, **more: object) -> io.IOBase:
+        return InterruptedFile(path, mode) if name in str(path) and mode == "wb" else open(path, mode, **more)
+
+    import lct_dino3 as lct
+
+    patch.setattr(lct, "open", open_file, raising=False)
+
+
 @pytest.fixture
 def call_main() -> Callable[..., int]:
     """Return `run_main`."""

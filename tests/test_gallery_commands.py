@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import signal
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY_RUN, draw_image, make_dataset, run_main
+from killing import Nursery, kill
 
 import lct_dino3 as lct
 
@@ -247,6 +249,13 @@ def test_a_class_is_removed_and_a_wrong_name_is_corrected(
     capsys.readouterr()
     assert call_main("prototypes", "--run", run_dir, "--remove", unicodedata.normalize("NFD", "кий"), *QUIET) == 0
     assert "warning" not in capsys.readouterr().out, "it is no other name, and nothing has to be added again"
+
+
+def test_interrupted_while_the_gallery_is_written_it_says_so(run_dir: Path, nursery: Nursery) -> None:
+    plans = [kill("zipfile._ZipWriteFile.__init__", 1, signal.SIGTERM, when="after")]  # numpy has begun an array
+    code, text = nursery.run("prototypes", "--run", run_dir, "--remove", "clamp", *QUIET, plans=plans)
+    assert code == 143 and "interrupted (SIGTERM)" in text, text
+    assert lct.load_gallery(run_dir / "prototypes.npz")[0].class_names == ("axe", "bit", "drill")
 
 
 def test_list_shows_each_class_and_writes_nothing(

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import REPO, draw_image, make_dataset, run_main
+from conftest import REPO, draw_image, interrupt_writing, make_dataset, run_main
 from torch import nn
 
 import lct_dino3 as lct
@@ -168,6 +168,20 @@ def test_its_network_gives_our_embeddings_and_matches_them(run: Path) -> None:
         np.testing.assert_allclose(stacks[name], embeddings, atol=1e-5)
         np.testing.assert_allclose(centroids[name], F.normalize(embeddings.mean(0), dim=0), atol=1e-5)
     assert all(array.dtype == np.float32 for array in (*centroids.values(), *stacks.values()))
+
+
+def test_interrupted_while_it_is_written_it_is_written_whole(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".checkpoint_best.pth.1.tmp").touch()  # of an earlier start that was killed
+    interrupt_writing(monkeypatch, "checkpoint_best")
+    assert run_main("export", "--run", run, "--format", "predecessor", "--out", tmp_path / "new") == 143
+    assert "interrupted (SIGTERM)" in capsys.readouterr().err
+    assert sorted(path.name for path in lct.visible_entries(tmp_path / "new")) == [
+        "checkpoint_best.pth",
+        "prototypes.npz",
+    ]
 
 
 def test_what_its_network_cannot_be_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

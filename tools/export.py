@@ -125,7 +125,7 @@ def check_output_path(options: ExportOptions) -> Path:
         path = options.out
         data_root = options.data_root or lct.read_run_config(options.run).data_root
         lct.check_outside(path, options.describe("out"), {"data_root": data_root})
-    if is_folder and path != default_path and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if is_folder and path != default_path and path.exists() and (not path.is_dir() or lct.visible_entries(path)):
         raise lct.UserError("is no empty folder", f"--out {path}", "choose a new one")
     if path.is_dir() and not is_folder:
         raise lct.UserError("is a folder", f"--out {path}", "give the path of a file")
@@ -177,14 +177,15 @@ def export_predecessor(run: lct.TrainedRun, folder: Path) -> None:
         "freeze_backbone": config.freeze_backbone,
         "data_cfg": {"input_size": (3, config.img_size, config.img_size), "mean": run.info.mean, "std": run.info.std},
     }
-    lct.create_out_dir(folder, "--out")
-    with lct.atomic_file(folder / lct.BEST_NAME) as file:
-        torch.save(payload, file)
     stacks_by_class = {name: stacks[run.gallery.stack_labels == label] for name, label in label_of.items()}
     filled = {name: rows for name, rows in stacks_by_class.items() if len(rows)}
     tables = {"centroids": {name: centroids[label_of[name]] for name in filled}, "stacks": filled}
-    with lct.atomic_file(folder / "prototypes.npz") as file:
-        np.savez_compressed(file, **tables, cls2id=label_of, id2cls=dict(enumerate(names)))
+    lct.create_out_dir(folder, "--out")
+    with lct.SIGNALS.hold():
+        with lct.atomic_file(folder / lct.BEST_NAME) as file:
+            torch.save(payload, file)
+        with lct.atomic_file(folder / "prototypes.npz") as file:
+            np.savez_compressed(file, **tables, cls2id=label_of, id2cls=dict(enumerate(names)))
 
 
 def export_onnx(run: lct.TrainedRun, path: Path, references: References) -> dict[str, float]:

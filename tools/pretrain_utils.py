@@ -501,7 +501,7 @@ def export_best(job: Job, state: State) -> None:
         "data": job.data.fingerprint,
     }
     lct.create_out_dir(path.absolute().parent, "--export-backbone")
-    with lct.atomic_file(path) as file:
+    with lct.SIGNALS.hold(), lct.atomic_file(path) as file:
         torch.save({"model": weights, "metadata": metadata}, file)
     lct.write_json(options.sidecar, metadata)
     write_artifacts(job, state, metadata)

@@ -21,7 +21,7 @@ import pretrain_dino_face
 import pretrain_utils
 import pytest
 import torch
-from conftest import REPO, draw_image, make_dataset, run_main
+from conftest import REPO, draw_image, interrupt_writing, make_dataset, run_main
 from killing import Nursery, do, kill
 from PIL import Image
 from slt import data, losses, measures, models, views
@@ -678,6 +678,16 @@ def test_interrupted_with_ctrl_c_it_leaves_a_checkpoint_of_the_step(
     assert (payload["epoch"], payload["batches"], payload["step"]) == (1, 1, 3)  # the step is finished
     events = [record["event"] for record in lct.read_events(tmp_path / "run")]
     assert events.count("interrupted") == 1
+
+
+def test_interrupted_while_it_exports_it_says_so(
+    crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    interrupt_writing(monkeypatch, "teacher.pt")
+    places = ("pretrain_dino_face", "--train-dir", crops, "--output-dir", tmp_path / "run")
+    assert run_main(*places, *TINY, "--epochs", 1, "--export-backbone", tmp_path / "teacher.pt") == 143
+    assert "interrupted (SIGTERM); the same command continues" in capsys.readouterr().err
+    assert torch.load(tmp_path / "teacher.pt", weights_only=True)["metadata"]["epoch"] == 1
 
 
 def test_artifacts_are_described_as_they_are_after_a_kill_and_a_second_export(
