@@ -268,7 +268,13 @@ def train(options: ModelitOptions) -> None:
     payload = None
     if options.resume or (options.checkpoint.exists() and not options.overwrite):
         payload = read_state(options.checkpoint, "give another --checkpoint, or start afresh with --overwrite")
-    lct.create_out_dir(options.checkpoint.parent, "--checkpoint")
+    # Else two runs, which have folders of their own, would save to one checkpoint in turns.
+    with lct.lock_directory(options.checkpoint.with_name(f".{options.checkpoint.name}.lock"), "--checkpoint"):
+        start_or_resume(options, payload)
+
+
+def start_or_resume(options: ModelitOptions, payload: dict[str, Any] | None) -> None:
+    """Train the run of `payload` to its end, or a new run; the caller holds the lock of --checkpoint."""
     runtime = choose_runtime(options)
     shapes, problems = load_shapes(options, lct.show)
     num_layers = max(options.num_encoder_layers, options.disc_num_layers)

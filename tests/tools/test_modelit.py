@@ -709,6 +709,25 @@ def test_a_verdict_that_cannot_be_copied_is_said_and_the_last_one_stays(
     assert [*here.glob("rez/*/run_*/weights/*.pth")]
 
 
+def test_a_run_does_not_save_to_the_checkpoint_of_another(
+    toys: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both began while there was no checkpoint: each had a folder of its own, and in one the weights of the other."""
+    codes = []
+
+    def start_another(*arguments: object) -> object:
+        if not codes:
+            codes.append(0)
+            codes[0] = train(toys, "--out_dir", "other")
+        return load_shapes(*arguments)
+
+    load_shapes = modelit.load_shapes
+    monkeypatch.setattr(modelit, "load_shapes", start_another)
+    assert train(toys) == 0 and codes == [2]
+    assert ".vae_gan_test.pth.lock: is in use by process" in capsys.readouterr().err
+    assert not (here / "other").exists() and not [*here.glob("vae_gan_test.pth.old-*")]
+
+
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
     toys: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
