@@ -350,7 +350,7 @@ def test_a_threshold_leaves_as_much_room_as_the_precision_of_the_backbone_needs(
     assert lct.precision_threshold(lct.Answers(near, np.array([True, False])), 1.0, dtype=torch.bfloat16) > 0.49994
 
 
-def test_intervals_are_the_binomial_ones_and_keep_views_of_an_image_together() -> None:
+def test_intervals_are_the_binomial_ones_and_keep_views_of_an_image_together(monkeypatch: pytest.MonkeyPatch) -> None:
     values = (np.arange(200) % 5 > 0).astype(float)  # 0.8
 
     def interval(values: np.ndarray, images: np.ndarray) -> list[float]:
@@ -364,6 +364,8 @@ def test_intervals_are_the_binomial_ones_and_keep_views_of_an_image_together() -
     assert twice == pytest.approx(expected, abs=0.0051), "as many images, twice as many samples"
     tile = interval(np.tile(values, 2), np.tile(np.arange(200) + 7, 2))
     assert tile == twice, "the views of an image need not stand side by side"
+    monkeypatch.setattr(lct, "BOOTSTRAP_SAMPLES", 1)
+    assert interval(values, np.arange(200)) == pytest.approx(expected, abs=0.02), "the largest sets get some draws too"
 
 
 def test_a_figure_that_is_undefined_has_neither_value_nor_interval() -> None:

@@ -377,9 +377,12 @@ def test_where_no_image_was_taken_for_an_enrolled_class_nothing_is_known() -> No
     figures = {"target_precision": 0.95}
     enrolled = {"1": {"scores": [], "is_right": [], "figures": figures}}
     enrolled["5"] = {"scores": [0.5, 0.4], "is_right": [True, False], "figures": figures}
+    enrolled["20"] = enrolled["5"] | {"scores": [0.7, 0.6]}
     unseen = {"strangers": [-1.0, 0.0], "enrolled": enrolled}
     gallery = lct.calibrate(gallery, make_embedded(10, 1), lct.Config(), None, unseen, torch.float32)
-    assert set(gallery.enrolment) == {"5"} and lct.find_enrolment_figures(gallery, 1) == gallery.enrolment["5"]
+    assert set(gallery.enrolment) == {"5", "20"}
+    for num_crops, measured in ((1, "5"), (19, "5"), (20, "20"), (99, "20")):
+        assert lct.find_enrolment_figures(gallery, num_crops) is gallery.enrolment[measured], num_crops
 
 
 def test_a_class_of_few_test_images_is_named_whatever_their_views() -> None:

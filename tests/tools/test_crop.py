@@ -311,7 +311,8 @@ def test_corrected_labels_move_add_and_remove(photos: Path, tmp_path: Path, call
     content["annotations"][0]["category_id"] = 9  # a hammer that is pliers
     content["annotations"][1]["bbox"] = [310, 40, 140, 180]  # drawn anew
     del content["annotations"][2]
-    content["annotations"].append({"id": 77, "image_id": 2, "category_id": 7, "bbox": [200, 10, 50, 60]})
+    # Right of and below the one that is gone: another object, though both sides of their overlap are negative.
+    content["annotations"].append({"id": 77, "image_id": 1, "category_id": 7, "bbox": [300, 380, 50, 60]})
     source.write_text(json.dumps(content))
     assert call_main(*command(photos, source, out)) == 0
     assert "1 added, 1 removed, 1 moved, 1 cut anew" in capsys.readouterr().out
@@ -320,7 +321,7 @@ def test_corrected_labels_move_add_and_remove(photos: Path, tmp_path: Path, call
         after[1]["file"] == before[1]["file"].replace("hammer", "pliers") and after[1]["sha256"] == before[1]["sha256"]
     )
     assert after[2]["file"] == before[2]["file"] and after[2]["sha256"] != before[2]["sha256"]
-    assert after[77]["file"] == "hammer/cropped/bench__b 12_3.jpg"
+    assert after[77]["file"] == "hammer/cropped/a_4.jpg"
     on_disk = {name for name in read_tree(out) if name.endswith(".jpg")}
     assert on_disk == {record["file"] for record in after.values()}
     stamp = (out / after[4]["file"]).stat().st_mtime_ns

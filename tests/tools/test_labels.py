@@ -695,7 +695,7 @@ CORNERS = "0.06 0.075 0.46 0.075 0.46 0.4375 0.06 0.4375"
 YOLO_KINDS = {
     "box": ([f"0 {BOX}"], [None]),
     "box, confidence": ([f"0 {BOX} 0.87", f"0 {BOX} 1", f"0 {BOX} 0.87"], [0.87, 1.0, 0.87]),
-    "box, track id": ([f"0 {BOX} 1", f"0 {BOX} 2"], [None, None]),
+    "box, track id": ([f"0 {BOX} 0", f"0 {BOX} 2"], [None, None]),
     "box, one or the other": ([f"0 {BOX} 1"], [None]),
     "box, confidence, track id": ([f"0 {BOX} 0.87 1", f"0 {BOX} 1 12", f"0 {BOX} 0.25"], [0.87, 1.0, 0.25]),
     "box, two keypoints": ([f"0 {BOX} 0.2 0.2 1 0.3 0.3 1"], [None]),

@@ -217,6 +217,15 @@ def test_label_studio_accepts_every_task(labelled: Path, scene: Scene) -> None:
     assert len(tasks) == len(NAMES)  # the empty one too
 
 
+def test_the_summary_counts_the_answers_by_class(labelled: Path) -> None:
+    text = (labelled / "summary.json").read_text(encoding="utf-8")
+    summary = json.loads(text, parse_float=str)  # 3.0 is no number of objects
+    answers = Counter(row["class"] for row in read_rows(labelled))
+    assert summary["classes"] == {name: answers[name] for name in (*CLASSES, "unknown")}
+    assert (summary["images"], summary["objects"]) == (len(NAMES), answers.total())
+    assert summary["unknown"] == answers["unknown"]
+
+
 def test_a_task_of_label_studio_is_sorted_by_its_least_certain_object(labelled: Path) -> None:
     for task in json.loads((labelled / "labelstudio" / "tasks.json").read_text(encoding="utf-8")):
         (prediction,) = task["predictions"]

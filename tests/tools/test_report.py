@@ -530,6 +530,11 @@ def test_unreadable_and_missing_pictures_become_placeholders(
     assert "cannot be read" not in capsys.readouterr().err, "the other run's folder has them"
 
 
+def test_a_duration_is_rounded_before_it_is_split() -> None:
+    durations = (59.4, 119.7, 3599.7)
+    assert [*map(run_files.format_duration, durations)] == ["59.4 s", "2 min 00 s", "1 h 00 min"]
+
+
 def test_a_class_without_a_reference_lacks_no_picture(tmp_path: Path) -> None:
     pictures = run_files.Pictures(run_files.read_run(MadeRun(tmp_path).write()), None)
     assert pictures.uri(run_files.Shot("", "")) is None and not pictures.missing
