@@ -535,6 +535,25 @@ def test_a_sound_file_of_arrays_that_do_not_belong_together_is_refused_in_one_se
     assert fault.split()[0] in caught.value.what and "\n" not in caught.value.what
 
 
+def test_what_the_meta_of_a_gallery_lacks_is_named(tmp_path: Path) -> None:
+    gallery = lct.build_gallery(make_records(80), make_embedded(20, 1), make_embedded(20, 2), lct.Config())
+    path = tmp_path / "prototypes.npz"
+    lct.save_gallery(path, gallery, {"model_id": "m"})
+    with np.load(path) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays["meta"]))
+    needed = meta.keys() - {"model_id", "unknown_share"}  # an older script did not write the latter
+    for key in needed:
+        lacking = {name: value for name, value in meta.items() if name != key}
+        np.savez(path, **arrays | {"meta": np.array(json.dumps(lacking))})
+        with pytest.raises(lct.UserError, match=f"it has no {key} in its meta"):
+            lct.load_gallery(path)
+    assert "pooled_thresholds" in needed
+    del meta["unknown_share"]
+    np.savez(path, **arrays | {"meta": np.array(json.dumps(meta))})
+    assert lct.load_gallery(path)[0].unknown_share == 0.2
+
+
 def test_every_flipped_bit_of_the_file_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     val = make_embedded(2, 2)
     gallery = lct.build_gallery(make_records(80), make_embedded(2, 1), val, lct.Config())
