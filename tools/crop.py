@@ -277,7 +277,9 @@ class Cutter:
     def _cut(self, cut: CutPhoto) -> None:
         """Fill in the new crops of a photo, its digest, and the problems."""
         photo = cut.photo
-        cut.photo = photo._replace(digest=hash_file(self.images / photo.path))
+        # The photo may have been half copied when it was listed.
+        (stamp,) = lct.stat_files(self.images, [photo.path]).tolist()
+        cut.photo = photo._replace(stamp=tuple(stamp), digest=hash_file(self.images / photo.path))
         try:
             image = lct.load_image(self.images / photo.path, self.image_bits)
             size = image.shape[1::-1]

@@ -888,6 +888,26 @@ def test_another_photo_with_as_many_bytes_is_not_taken_for_the_first(
     assert read_tree(out).items() >= {key: before[key] for key in before if key.endswith((".jpg", ".png"))}.items()
 
 
+def test_a_photo_that_was_still_being_copied_is_the_photo_that_was_cut(
+    photos: Path, tmp_path: Path, call_main: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_coco(tmp_path), tmp_path / "data"
+    whole = (photos / "a.jpg").read_bytes()
+    (photos / "a.jpg").write_bytes(whole[:1000])
+    cut_photos = crop.cut_photos
+
+    def finish_copy(*arguments: Any) -> Any:
+        (photos / "a.jpg").write_bytes(whole)
+        return cut_photos(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crop, "cut_photos", finish_copy)
+        assert call_main(*command(photos, source, out)) == 0
+    crops = read_tree(out / "hammer")
+    assert call_main(*command(photos, source, out)) == 0
+    assert read_tree(out / "hammer") == crops
+
+
 def test_refusals_of_a_second_call(photos: Path, tmp_path: Path, call_main: Any, capsys: Any) -> None:
     source, out = write_coco(tmp_path), tmp_path / "data"
     assert call_main(*command(photos, source, out)) == 0
