@@ -60,8 +60,8 @@ GUARDS = {
         "tests/test_resume.py -k costs_no_step",
     ),
     "torch.save is not interrupted": (
-        "    with SIGNALS.hold(), atomic_file(path) as file:  # torch's",
-        "    with atomic_file(path) as file:  # torch's",
+        "with SIGNALS.hold(), atomic_file(path) as file:\n        torch.save(",
+        "with atomic_file(path) as file:\n        torch.save(",
         "tests/test_resume.py -k inside_torchs_writer",
     ),
     "echo of a Ctrl-C": (
