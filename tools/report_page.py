@@ -115,7 +115,11 @@ def list_tiles(run: Run) -> list[tuple[str, str, str]]:
     size_range = " to ".join(f"{size:,}" for size in sorted({min(class_sizes), max(class_sizes)}))
     size_note = ", ".join(f"{count:,} {split}" for split, count in split_sizes.items() if count)
     scores = (
-        ("Accuracy", "acc", f"prototypes, {split_sizes['test']:,} test images" if figures.test else "prototypes, val"),
+        (
+            "Accuracy",
+            "acc",
+            f"prototypes, {figures.test['images']:,} test images" if figures.test else "prototypes, val",
+        ),
         ("Macro F1", "f1_macro", f"{predictor}, {figures.scored}"),
         ("Macro ROC AUC", "auc_macro", f"{predictor}, {figures.scored}"),
         ("Recall@1", "recall_at_1", f"nearest reference, {figures.scored}"),
@@ -372,19 +376,23 @@ def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None
 
 def view_calibration(figures: Figures) -> dict[str, Any] | None:
     """Return reliability by bin of probability, the source of its unknown objects, and the expected calibration error."""
-    if figures.measured is None:
+    if figures.measured is None or not figures.test:
         return None
     # Classes that the embedder was trained on are too easy as unknown objects: prefer heads that were trained without them.
     is_easy = figures.measured["open_set"]["trained_on_them"]
     source = figures.unseen if is_easy and figures.unseen else figures.measured
     bins = source["reliability"]
+    right = sum(row["share"] * row["right"] for row in bins)
     return {
         "bins": bins,
         "source": source["open_set"]["source"],
+        "of_heads": source is figures.unseen,
         "error": source["ece"],
         "unknown_share": figures.measured.get("unknown_share", 0.2),  # older runs do not name it
         "claimed": sum(row["share"] * row["probability"] for row in bins),
-        "right": sum(row["share"] * row["right"] for row in bins),
+        "right": right,
+        "images": figures.test["images"],
+        "noise": 2 * math.sqrt(right * (1 - right) / figures.test["images"]),  # two standard errors of the share right
     }
 
 

@@ -62,7 +62,7 @@ def make_events(names: tuple[str, ...], num_epochs: int, has_test: bool) -> list
         prototypes = {"acc": 0.7123, "f1_macro": 0.7234, "auc_macro": 0.8345, "recall_at_1": 0.7456}
         arcface = {"loss": 1.1, "acc": 0.7012, "f1_macro": 0.69, "auc_macro": 0.82}
         events.append({"event": "test_end", "time": 1.0, "classifier": arcface, "prototypes": prototypes,
-                       "per_class": per_class, "baseline": {"name": "logreg", "acc": 0.544},
+                       "images": 2 * len(names), "per_class": per_class, "baseline": {"name": "logreg", "acc": 0.544},
                        "verdict": "training helped: matching 0.712, regression 0.544 (+16.8 points)"})  # fmt: skip
     return events
 
@@ -632,10 +632,33 @@ def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_traine
         assert re.search(r'class="figure">(.*?)<', text)[1] == f"{shown['ece']:.3f}"
         shares = [int(share) for share in re.findall(r'y="270">(\d+) %<', text)]
         assert shares == [round(100 * row["share"]) for row in shown["reliability"]]
+        assert ("Answered not by this gallery, but by heads" in text) == (shown is unseen)
         run.events.append({"event": "unseen_classes", **others, **unseen})
     assert "not trained on" in text and "0.123 (0.100 – 0.150) of the images of classes never trained on" in section(
         page, "trust"
     )
+
+
+@pytest.mark.parametrize(
+    ("images", "right", "words"),
+    [
+        (8, 0.7, "on 8 test images, that is no measurable difference."),
+        (151, 0.6, "on 151 test images, that is no measurable difference."),
+        (2000, 0.7, "it is too modest."),
+        (2000, 0.5, "it is too sure."),
+    ],
+)
+def test_few_images_do_not_tell_whether_probabilities_are_too_high(
+    tmp_path: Path, images: int, right: float, words: str
+) -> None:
+    run = MadeRun(tmp_path)
+    (test,) = (event for event in run.events if event["event"] == "test_end")
+    test["images"] = images
+    bins = [{"share": 1.0, "probability": 0.62, "right": right}]
+    run.events.append({"event": "measured", **measure_drawn(tmp_path), "ece": abs(right - 0.62), "reliability": bins})
+    page = make_page(run.write())
+    assert words in " ".join(section(page, "calibration").split())
+    assert f"prototypes, {images:,} test images" in page, "those that were answered: some may have been deleted since"
 
 
 @pytest.mark.parametrize("num_classes", [2, 40, 61])
