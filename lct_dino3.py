@@ -8449,7 +8449,7 @@ def judge_training(
 ) -> dict[str, Any]:
     """Compare the trained model with the best frozen baseline of val on the same test images, given `image_accuracy` of both.
 
-    The verdict is McNemar's exact sign test on images answered differently; the gain's interval is a bootstrap over images.
+    A verdict needs both McNemar's exact sign test on images answered differently, and the gain's bootstrap interval over images.
     """
     from scipy.stats import binomtest
 
@@ -8469,9 +8469,11 @@ def judge_training(
     low, high = (100 * bound for bound in gain["interval"])
     outcome = "no measurable difference"
     caveat = ""
-    if p_value < SIGNIFICANCE and (num_better > num_worse) == (gain["value"] > 0):  # with views, they may disagree
+    is_outside = not low <= 0 <= high
+    # With views, an image can be better by half: then test and mean may disagree.
+    if p_value < SIGNIFICANCE and is_outside and (num_better > num_worse) == (gain["value"] > 0):
         outcome = "training helped" if gain["value"] > 0 else "training hurt"
-    elif not low <= 0 <= high:
+    elif is_outside:
         caveat = f"; the sign test, which decides, has p = {p_value:.2f}"
     trained, frozen = pairs.mean(axis=0).tolist()
     verdict = f"{outcome}: prototype matching {trained:.3f}, {BASELINE_NAMES[name]} on the frozen backbone {frozen:.3f}"

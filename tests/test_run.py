@@ -550,6 +550,15 @@ def test_a_test_and_a_mean_that_disagree_are_no_verdict() -> None:
     judged = lct.judge_training(BASELINE, frozen, trained)
     assert judged["p_value"] < 0.05 and judged["gain"]["value"] < 0
     assert judged["verdict"].startswith("no measurable difference: ")
+    # 54 images differ, 36 of them to the worse, but mostly by half: the interval of the gain includes 0.
+    worse = [-1.0] * 4 + [-0.5] * 32
+    better = [1.0] * 9 + [0.5] * 10
+    gains = dict(zip(frozen, [*worse, *better, *[0.0] * 45], strict=True))
+    trained = {path: 0.5 + gain / 2 for path, gain in gains.items()}
+    judged = lct.judge_training(BASELINE, {path: 0.5 - gain / 2 for path, gain in gains.items()}, trained)
+    low, high = judged["gain"]["interval"]
+    assert judged["p_value"] < 0.05 and low < judged["gain"]["value"] < 0 < high
+    assert judged["verdict"].startswith("no measurable difference: ")
 
 
 def test_there_is_no_verdict_on_images_that_the_frozen_backbone_never_saw() -> None:
