@@ -8418,7 +8418,7 @@ def measure_enrolment(
         "target_precision": config.target_precision,
         "unknown_share": config.unknown_share,
         **{key: none_if_nan(mean_of_defined(np.array(values, float))) for key, values in figures.items()},
-        "answers": len(figures["precision"]) // ENROLMENT_DRAWS,
+        "answers": -(-len(figures["precision"]) // ENROLMENT_DRAWS),  # rounded up: 0 are none in any draw
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +144,20 @@ def test_galleries_that_choose_nearest_references_know_how_centroids_answer() ->
         asked = dataclasses.replace(job.config, matcher="knn")
         assert lct.export_gallery(model, job.records, features, asked, {})[0].by_centroid == {}, "as it was asked for"
     assert {"centroid", "knn"} <= matchers
+
+
+@pytest.mark.parametrize("num_answers", [0, 1, 4])
+def test_an_answer_in_one_of_three_draws_is_not_none(num_answers: int) -> None:
+    """Else the page would say that a precision stands on no answer."""
+    is_test = np.arange(20) >= 10
+    is_unseen = np.arange(20) % 2 == 0
+    scores, found = np.full((3, 20), 0.5), np.tile(is_unseen, (3, 1))
+    scores[:, is_test] = 0.0
+    scores.reshape(-1)[np.flatnonzero(found & is_test)[:num_answers]] = 1.0
+    head = lct.UnseenHead(scores[0], is_unseen, is_unseen, is_unseen, scores[0], {1: (scores, found, found)})
+    figures = lct.measure_enrolment([head, head], is_test, 1, 0.5)
+    assert figures["answers"] == math.ceil(2 * num_answers / 3)  # of two heads, by three draws
+    assert (figures["precision"] is None) == (num_answers == 0)
 
 
 def test_shots_of_one_session_are_found_across_the_split() -> None:
