@@ -2239,6 +2239,7 @@ def scan_dataset(config: Config, splits_path: Path | None = None, squares: Squar
         "num_images": len(listing.paths) + sum(path.lower().endswith(IMAGE_SUFFIXES) for path, _ in listing.problems),
         "num_usable": len(paths),
         "num_used": len(used.paths),
+        "num_groups": len(np.unique(used.groups)),
         "excluded": dict(excluded),
         "class_map": {folder: name for folder, name in class_of.items() if folder != name},
         "image_bits": image_bits,
@@ -3119,13 +3120,14 @@ def format_class_table(report: dict[str, Any]) -> str:
     """Return the per-class table of a data report as text."""
     shows_masks = report["masks"]["usable"] or report["masks"]["refused"]
     columns = ("usable", "quarantined", *(["masks"] if shows_masks else []), "groups", *SPLIT_NAMES)
-    return format_table(columns, {name: [row[key] for key in columns] for name, row in report["classes"].items()}, 13)
+    rows = {name: [row[key] for key in columns] for name, row in report["classes"].items()}
+    return format_table(columns, rows, 13, groups=report["num_groups"])  # a group may hold images of several classes
 
 
-def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: int) -> str:
-    """Return counts by class as an aligned text table with a last line of sums; `width` is the width of a column."""
+def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: int, **totals: int) -> str:
+    """Return counts by class as an aligned text table with a last line of `totals`, by default sums, in columns `width` wide."""
     name_width = max(5, *map(len, rows))
-    sums = [sum(column) for column in zip(*rows.values(), strict=True)]
+    sums = [totals.get(head, sum(column)) for head, column in zip(heads, zip(*rows.values(), strict=True), strict=True)]
     lines = [f"{'class':<{name_width}}" + "".join(f"{head:>{width}}" for head in heads)]
     for name, values in [*rows.items(), ("all", sums)]:
         lines.append(f"{name:<{name_width}}" + "".join(f"{value:>{width},}" for value in values))

@@ -379,6 +379,16 @@ def test_scan_writes_report_and_memory_and_prints_a_table(scanned, call_main, ca
     assert any("a/bad.png" in line and "no JPEG" in line for line in lines)
 
 
+def test_a_photo_of_two_classes_is_one_group_in_all(tmp_path, call_main, capsys):
+    root = make_dataset(tmp_path / "data", {"cap": 6, "mug": 6})
+    for path in root.rglob("*.png"):
+        path.rename(path.with_name(f"shot{int(path.stem) // 2}_{path.name}"))
+    args = ("--data_root", root, "--out_dir", tmp_path / "run", "--group_regex", r"^(shot\d+)_")
+    assert call_main("scan", *args, "--near_dup_bits", 0) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert [row[:4] for row in table] == [["cap", "6", "0", "3"], ["mug", "6", "0", "3"], ["all", "12", "0", "3"]]
+
+
 def test_a_second_scan_opens_nothing_and_finds_the_same(scanned, opened):
     root, out_dir, again = scanned
     assert lct.to_json(again()) == json.loads((out_dir / "data_report.json").read_text(encoding="utf-8"))
