@@ -2822,14 +2822,19 @@ def group_keys(paths: Sequence[str], pattern: str | None) -> np.ndarray:
     if pattern is None:
         return keys
     first_with = {}
-    names = [path.rsplit("/", 1)[-1] for path in paths]
-    for index, match in enumerate(map(re.compile(pattern).search, names)):
-        if match and match.group(1) is not None:
-            keys[index] = first_with.setdefault(match.group(1), index)
+    for index, path in enumerate(paths):
+        if (text := captured_text(path, pattern)) is not None:
+            keys[index] = first_with.setdefault(text, index)
     if not first_with:
-        problem = f"matches no file name, for instance not {''.join(names[:1])}"
+        problem = f"matches no file name, for instance not {''.join(paths[:1]).rsplit('/', 1)[-1]}"
         raise UserError(problem, f"--group_regex {pattern}", r"for example '^(shot\d+)_'")
     return keys
+
+
+def captured_text(path: str, pattern: str | None) -> str | None:
+    """Return what the group of `pattern` captures in the name of a file, None for nothing."""
+    match = re.search(pattern, path.rsplit("/", 1)[-1]) if pattern else None
+    return match and match.group(1)
 
 
 def find_components(num_items: int, pairs: np.ndarray) -> np.ndarray:
@@ -7040,20 +7045,21 @@ def describe_embedding(config: Config, info: BackboneInfo, model: Recognizer) ->
     }
 
 
-def unknown_records(folder: Path, image_bits: tuple[int, ...] = ()) -> Records:
+def unknown_records(folder: Path, config: Config) -> Records:
     """Return the images of a folder, split by a hash of their paths into val, which sets thresholds, and test, which measures.
 
-    Raises UserError if one half is empty.
+    Images whose names agree in what --group_regex captures stay together. Raises UserError if one half is empty.
     """
     paths = list_image_tree(folder).paths
-    splits = [2 - hashlib.sha256(os.fsencode(path)).digest()[0] % 2 for path in paths]  # odd: val, even: test
+    keys = [captured_text(path, config.group_regex) or path for path in paths]
+    splits = [2 - hashlib.sha256(os.fsencode(key)).digest()[0] % 2 for key in keys]  # odd: val, even: test
     if len(set(splits)) < 2:
         problem = f"holds {count_of(len(paths), 'image')}, which leaves one half empty"
         raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
     labels = np.zeros(len(paths), np.int32)
     groups = np.arange(len(paths), dtype=np.int32)
     table = np.array(paths, dtype=STRINGS)
-    return Records(folder, ("unknown",), table, labels, groups, np.array(splits, np.int8), image_bits=image_bits)
+    return Records(folder, ("unknown",), table, labels, groups, np.array(splits, np.int8), image_bits=config.image_bits)
 
 
 def embed_records(
@@ -8537,7 +8543,7 @@ def run_evaluate(config: EvaluateOptions) -> None:
         embedded = embed_records(run, records, rows, config, run.embed)
         unknown = None
         if config.unknown_dir is not None:
-            unknown_half = from_first(unknown_records, config.unknown_dir, run.config.image_bits)
+            unknown_half = from_first(unknown_records, config.unknown_dir, run.config)
             unknown = embed_records(run, unknown_half, unknown_half.rows("test"), config, run.embed)
         if get_rank():
             return
@@ -8691,7 +8697,7 @@ def rebuild_gallery(config: PrototypesOptions) -> tuple[Gallery | None, dict[str
         split: embed_records(run, records, records.rows(split), config, run.extract) for split in ("train", "val")
     }
     if options.unknown_dir is not None:
-        strangers = from_first(unknown_records, options.unknown_dir, options.image_bits)
+        strangers = from_first(unknown_records, options.unknown_dir, options)
         features["unknown"] = embed_records(run, strangers, strangers.rows("val"), config, run.extract)
     meta = describe_gallery(options, run.info, records.class_names, run.model)
     if get_rank():
@@ -8798,7 +8804,7 @@ def prepare_run(
     probe_model(config)  # a mistyped model should not cost a scan
     check_optimizer(config)
     if config.unknown_dir is not None:
-        unknown_records(config.unknown_dir)
+        unknown_records(config.unknown_dir, config)
     has_old_run = config.overwrite and config.out_dir.exists()
     squares = SquareFile(config.out_dir, config.img_size, square_room(config))
     if config.auto_generate_masks and config.sam2_ckpt is None:
@@ -9108,7 +9114,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
     unknown: dict[str, Embedded] = {}  # features of --unknown_dir, by split
     if job.config.unknown_dir is not None:
-        strangers = from_first(unknown_records, job.config.unknown_dir, job.config.image_bits)
+        strangers = from_first(unknown_records, job.config.unknown_dir, job.config)
         unknown_bank = FeatureBank(dataclasses.replace(job, records=strangers), model.backbone)
         for split in ("val", "test"):
             unknown[split] = unknown_bank.extract(eval_keys(strangers, strangers.rows(split), "bbox"), "unknown")

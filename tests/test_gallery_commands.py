@@ -416,17 +416,32 @@ def test_unknown_images_are_looked_for_where_every_other_image_is(tmp_path: Path
     shutil.copytree(strangers / "any", strangers / "any" / ".thumbs")
     shutil.copy(strangers / "A.PNG", strangers / "any" / "._1.png")
     (strangers / "notes.txt").touch()
-    assert sorted(lct.unknown_records(strangers).paths) == expected
+    assert sorted(lct.unknown_records(strangers, lct.Config()).paths) == expected
+
+
+def test_unknown_images_of_one_photo_stay_in_one_half(tmp_path: Path) -> None:
+    """Else thresholds would be set on other crops of the photos that measure them."""
+    strangers = new_class(tmp_path / "strangers", "any", 9, 40)
+    for path in (strangers / "any").iterdir():
+        path.rename(path.with_name(f"shot{int(path.stem) // 4}_{path.name}"))
+    halves = lct.unknown_records(strangers, lct.Config(group_regex=r"^(shot\d+)_"))
+    splits_of_shots = {path.split("_")[0]: set() for path in halves.paths}
+    for path, split in zip(halves.paths, halves.splits.tolist(), strict=True):
+        splits_of_shots[path.split("_")[0]].add(split)
+    assert len(splits_of_shots) == 10 and all(len(splits) == 1 for splits in splits_of_shots.values())
+    assert {*halves.splits.tolist()} == {1, 2}
+    apart = lct.unknown_records(strangers, lct.Config(group_regex=r"^(video\d+)_"))  # fits no name, and costs nothing
+    assert apart.splits.tolist() == lct.unknown_records(strangers, lct.Config()).splits.tolist()
 
 
 def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_other(
     trained: tuple[Path, Path], tmp_path: Path, call_main: Main
 ) -> None:
     strangers = new_class(tmp_path / "strangers", "any", 9, 40)
-    before = lct.unknown_records(strangers)
+    before = lct.unknown_records(strangers, lct.Config())
     new_class(strangers / ".thumbs", "any", 9, 5)
     (strangers / ".hidden.png").write_bytes(b"")
-    halves = lct.unknown_records(strangers)
+    halves = lct.unknown_records(strangers, lct.Config())
     assert list(halves.paths) == list(before.paths), "what is hidden is passed over"
     assert halves.splits.tolist() == before.splits.tolist()
     num_measured = len(halves.rows("test"))

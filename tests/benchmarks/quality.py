@@ -200,7 +200,7 @@ def judge_thresholds(name: str, weights: Path, num_seeds: int = 4) -> None:
             subprocess.run([sys.executable, ROOT / lct.SCRIPT_NAME, *command], check=True, stdout=subprocess.DEVNULL)
             run = lct.load_run(Path(folder) / "run", CPU)
             options = lct.RunOptions(run=run.path)
-            records, strangers = lct.scan_run_data(run, run.config), lct.unknown_records(unknown_dir)
+            records, strangers = lct.scan_run_data(run, run.config), lct.unknown_records(unknown_dir, run.config)
             val, test = (
                 lct.embed_records(run, records, records.rows(split), options, run.embed) for split in ("val", "test")
             )
