@@ -5594,21 +5594,21 @@ def share_weights(is_known: np.ndarray, unknown_share: float) -> np.ndarray:
 
 
 def mixed_precision(
-    images: np.ndarray, is_known: np.ndarray, is_accepted: np.ndarray, is_right: np.ndarray, unknown_share: float
+    groups: np.ndarray, is_known: np.ndarray, is_accepted: np.ndarray, is_right: np.ndarray, unknown_share: float
 ) -> dict[str, dict[str, Any]]:
     """Return the share of accepted answers that are right, if `unknown_share` of the objects are unknown: {value, interval}.
 
-    All are (N,): the image of each object, whether it is of a known class, whether its answer passes the threshold, and is right.
+    All are (N,): the group of each object, whether it is of a known class, whether its answer passes the threshold, and is right.
     """
 
     def compute(drawn: np.ndarray) -> dict[str, float]:
         weights = share_weights(is_known[drawn], unknown_share) * is_accepted[drawn]
         return {"mixed_precision": (weights * is_right[drawn]).sum() / weights.sum() if weights.any() else math.nan}
 
-    figures = with_intervals(compute, images)
+    figures = with_intervals(compute, groups)
     figure = figures["mixed_precision"]
     if figure["value"] in (0.0, 1.0):  # all draws agree
-        figure["interval"] = wilson_interval(figure["value"], images[is_accepted])
+        figure["interval"] = wilson_interval(figure["value"], groups[is_accepted])
     return figures
 
 
@@ -5690,34 +5690,35 @@ def precision_threshold(
     return float(max(threshold, np.nextafter(np.float32(below), np.float32(np.inf))))
 
 
-def mean_intervals(images: np.ndarray, **scores: np.ndarray) -> dict[str, dict[str, Any]]:
+def mean_intervals(groups: np.ndarray, **scores: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return the means of the scores (N,), 0 to 1, that are not NaN, with intervals as in `with_intervals`."""
     figures = with_intervals(
-        lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in scores.items()}, images
+        lambda drawn: {name: mean_of_defined(values[drawn]) for name, values in scores.items()}, groups
     )
     for name, values in scores.items():
         if figures[name]["value"] in (0.0, 1.0):
-            figures[name]["interval"] = wilson_interval(figures[name]["value"], images[~np.isnan(values)])
+            figures[name]["interval"] = wilson_interval(figures[name]["value"], groups[~np.isnan(values)])
     return figures
 
 
-def wilson_interval(value: float, images: np.ndarray) -> list[float]:
-    """Return Wilson's (1927) interval of a proportion that is 0 or 1 over images (N,), of which all draws agree."""
-    width = 1.96**2 / (len(np.unique(images)) + 1.96**2)
+def wilson_interval(value: float, groups: np.ndarray) -> list[float]:
+    """Return Wilson's (1927) interval of a proportion that is 0 or 1 over groups (N,), of which all draws agree."""
+    width = 1.96**2 / (len(np.unique(groups)) + 1.96**2)
     return [1 - width, 1.0] if value else [0.0, width]
 
 
-def with_intervals(compute: Callable[[np.ndarray], dict[str, float]], images: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return figures as {name: {value, interval}}, with 95 % percentile bootstrap intervals over images.
+def with_intervals(compute: Callable[[np.ndarray], dict[str, float]], groups: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Return figures as {name: {value, interval}}, with 95 % percentile bootstrap intervals over groups.
 
-    `images`, int (N,), is the image of each sample; views of one image are drawn together, with replacement. `compute` maps the
-    positions (n,) of samples to figures; NaN = undefined, None in the result.
+    `groups`, int (N,), is the group of each sample. A group is drawn as a whole, with replacement: frames of one video are right or
+    wrong together, and intervals over 20 videos of 10 frames would hold the truth in 60 % of cases if each frame were drawn alone.
+    `compute` maps the positions (n,) of samples to figures; NaN = undefined, None in the result.
     """
-    unique, inverse = np.unique(images, return_inverse=True)
-    positions = np.arange(len(images))
+    unique, inverse = np.unique(groups, return_inverse=True)
+    positions = np.arange(len(groups))
     rng = np.random.default_rng(0)
     drawn = []
-    for _ in range(min(BOOTSTRAP_DRAWS, max(100, BOOTSTRAP_SAMPLES // max(1, len(images))))):
+    for _ in range(min(BOOTSTRAP_DRAWS, max(100, BOOTSTRAP_SAMPLES // max(1, len(groups))))):
         counts = np.bincount(rng.integers(0, len(unique), len(unique)), minlength=len(unique))
         drawn.append(compute(np.repeat(positions, counts[inverse])))
     figures = {}
@@ -6590,10 +6591,13 @@ def fit_log_odds(answers: Answers) -> tuple[float, float]:
     return slope, fitted.intercept_.item() - slope * mean
 
 
-def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None = None) -> dict[str, Any]:
+def measure_gallery(
+    gallery: Gallery, test: Embedded, groups: np.ndarray, unknown: Embedded | None = None
+) -> dict[str, Any]:
     """Measure how a gallery will do in production, on test queries of known classes that no choice was based on.
 
-    `unknown` are vectors of objects of no class, whose labels do not count; without them, classes are held out in turn.
+    `unknown` are vectors of objects of no class, whose labels do not count; without them, classes are held out in turn. The rows of
+    both index `groups`, int (N,), which intervals draw as a whole.
 
     Returns:
         Figures as {value, interval}. closed: acc and f1_macro by `centroid`, by `knn`, and by `prototypes` if a class has several;
@@ -6608,20 +6612,21 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
 
     def closed_set(matcher: str) -> dict[str, Any]:
         matched = dataclasses.replace(gallery, matcher=matcher).answer(test.values)[0]
-        figures = mean_intervals(test.rows, acc=(matched == test.labels).astype(float))
+        figures = mean_intervals(groups[test.rows], acc=(matched == test.labels).astype(float))
 
         def f1_macro(drawn: np.ndarray) -> dict[str, float]:
             f1 = precision_recall_f1(matched[drawn], test.labels[drawn], num_classes)[2]
             return {"f1_macro": mean_of_defined(f1)}
 
-        figures |= with_intervals(f1_macro, test.rows)
+        figures |= with_intervals(f1_macro, groups[test.rows])
         if figures["acc"]["value"] in (0.0, 1.0):  # all draws agree
             figures["f1_macro"]["interval"] = figures["acc"]["interval"]
         return figures | ({"k": int(gallery.knn_counts.max())} if matcher == "knn" else {})
 
     def above(thresholds: np.ndarray | float) -> dict[str, Any]:
         passed = scores >= thresholds
-        return mean_intervals(test.rows, coverage=passed, precision=np.where(passed, is_right, np.nan))
+        precision = np.where(passed, is_right, np.nan)
+        return mean_intervals(groups[test.rows], coverage=passed, precision=precision)
 
     if unknown is None:
         unknown_answers, unknown_scores = answer_without_class(gallery.scores, test)
@@ -6638,8 +6643,8 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
     support = np.bincount(test.labels[images], minlength=num_classes)
     figures = {
         "closed": {matcher: closed_set(matcher) for matcher in matchers},
-        "retrieval": mean_intervals(test.rows, **retrieval),
-        "open_set": open_set_figures(gallery.scores, test, unknown),
+        "retrieval": mean_intervals(groups[test.rows], **retrieval),
+        "open_set": open_set_figures(gallery.scores, test, groups, unknown),
         "answers": [
             {"target": target, "threshold": threshold, **above(threshold)}
             for target, threshold in zip(PRECISION_TARGETS, gallery.val_thresholds, strict=True)
@@ -6651,9 +6656,9 @@ def measure_gallery(gallery: Gallery, test: Embedded, unknown: Embedded | None =
     }
     if unknown is not None:
         is_accepted = all_scores >= gallery.thresholds[all_answers]
-        figures |= mean_intervals(unknown.rows, unknown_passed=is_accepted[~is_known])
-        images = np.append(test.rows, 1 + test.rows.max(initial=0) + unknown.rows)
-        figures |= mixed_precision(images, is_known, is_accepted, all_right, gallery.unknown_share)
+        figures |= mean_intervals(groups[unknown.rows], unknown_passed=is_accepted[~is_known])
+        all_groups = groups[np.append(test.rows, unknown.rows)]
+        figures |= mixed_precision(all_groups, is_known, is_accepted, all_right, gallery.unknown_share)
     return figures
 
 
@@ -7057,7 +7062,7 @@ def unknown_records(folder: Path, config: Config) -> Records:
         problem = f"holds {count_of(len(paths), 'image')}, which leaves one half empty"
         raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
     labels = np.zeros(len(paths), np.int32)
-    groups = np.arange(len(paths), dtype=np.int32)
+    groups = np.unique(keys, return_inverse=True)[1].astype(np.int32)
     table = np.array(paths, dtype=STRINGS)
     return Records(folder, ("unknown",), table, labels, groups, np.array(splits, np.int8), image_bits=config.image_bits)
 
@@ -7127,7 +7132,7 @@ def scan_for_run(
         out_dir=run.path,
         class_map=config.class_map,
         exclude=config.exclude,
-        group_regex=None,
+        group_regex=run.config.group_regex if splits_path else None,  # files of another folder have other names
         masks_out=config.masks_out,
         data_fraction=run.config.data_fraction if splits_path else 1.0,
         splits=run.config.splits if splits_path else "random",  # any other folder holds class folders
@@ -7416,7 +7421,11 @@ def best_score(scores: np.ndarray) -> np.ndarray:
 
 
 def open_set_figures(
-    score: Scorer, known: Embedded, unknown: Embedded | None, confide: Callable[..., np.ndarray] = best_score
+    score: Scorer,
+    known: Embedded,
+    groups: np.ndarray,
+    unknown: Embedded | None,
+    confide: Callable[..., np.ndarray] = best_score,
 ) -> dict[str, Any]:
     """Return auroc and fpr95, as {value, interval}, of the confidence (n,) that `confide` computes from scores (n, C) of queries.
 
@@ -7433,8 +7442,8 @@ def open_set_figures(
         queries = (known.values, unknown.values)
         confidences = [reduce_scores(score, values, lambda scores, _: (confide(scores),))[0] for values in queries]
         is_unknown = np.arange(len(known.rows) + len(unknown.rows)) >= len(known.rows)
-        images = np.append(known.rows, 1 + known.rows.max(initial=0) + unknown.rows)
-        figures = measure_unknown(images, [(np.concatenate(confidences), ~is_unknown, is_unknown)])
+        rows = np.append(known.rows, unknown.rows)
+        figures = measure_unknown(groups[rows], [(np.concatenate(confidences), ~is_unknown, is_unknown)])
         return figures | {
             "unknowns": len(np.unique(unknown.rows)),
             "source": "images of no class",
@@ -7442,18 +7451,20 @@ def open_set_figures(
         }
     is_held_out = [known.labels % HELD_OUT_FOLDS == fold for fold in range(HELD_OUT_FOLDS)]
     folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
-    figures = measure_unknown(known.rows, [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds])
+    figures = measure_unknown(
+        groups[known.rows], [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds]
+    )
     source = "classes held out in turn, on which it was trained"
     return figures | {"unknowns": len(np.unique(known.rows)), "source": source, "trained_on_them": True}
 
 
 def measure_unknown(
-    images: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    groups: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> dict[str, dict[str, Any]]:
     """Return auroc and fpr95, means over folds as {value, interval}, of telling known from unknown objects by confidence.
 
     Each fold holds the confidences of all queries (n,), and the masks of the known and of the unknown ones, bool (n,) both.
-    `images` (n,) is the image of each query: views of one image are drawn together.
+    `groups` (n,) is the group of each query, drawn as a whole.
     """
 
     def mean_of_folds(drawn: np.ndarray) -> dict[str, float]:
@@ -7463,11 +7474,11 @@ def measure_unknown(
         ]
         return {name: mean_of_defined(np.array([metrics[name] for metrics in per_fold])) for name in per_fold[0]}
 
-    figures = with_intervals(mean_of_folds, images)
-    groups = [images[np.any([fold[i] for fold in folds], axis=0)] for i in (1, 2)]
+    figures = with_intervals(mean_of_folds, groups)
+    sides = [groups[np.any([fold[i] for fold in folds], axis=0)] for i in (1, 2)]
     for figure in figures.values():
         if figure["interval"] in ([0.0, 0.0], [1.0, 1.0]):
-            figure["interval"] = wilson_interval(figure["value"], min(groups, key=len))
+            figure["interval"] = wilson_interval(figure["value"], min(sides, key=len))
     return figures
 
 
@@ -8176,11 +8187,12 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
     is_test = np.arange(len(queries.rows)) >= len(features["val"].rows)
     heads = [answer_unseen(job, train, queries, is_test, np.flatnonzero(folds == fold)) for fold in range(num_folds)]
     masks = [(~head.is_unseen & is_test, head.is_unseen) for head in heads]  # known, unknown
-    open_set = measure_unknown(queries.rows, [(head.scores, *pair) for head, pair in zip(heads, masks, strict=True)])
+    groups = job.records.groups[queries.rows]
+    open_set = measure_unknown(groups, [(head.scores, *pair) for head, pair in zip(heads, masks, strict=True)])
     others = {}
     if len(names) <= LOGREG_MAX_CLASSES:
         by_regression = [(head.logits, *pair) for head, pair in zip(heads, masks, strict=True)]
-        others["frozen backbone, largest logit of logistic regression"] = measure_unknown(queries.rows, by_regression)
+        others["frozen backbone, largest logit of logistic regression"] = measure_unknown(groups, by_regression)
     open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
     strangers = [head.scores[head.is_unseen & ~is_test] for head in heads]
     share = job.config.unknown_share
@@ -8193,9 +8205,9 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         precision = job.config.target_precision
         thresholds, _ = fit_thresholds(head.classes[is_val], answers, precision, len(names), torch.float32)
         is_accepted = head.scores >= thresholds[head.classes]
-        columns = (queries.rows, probability, head.is_right, ~head.is_unseen, is_accepted)
+        columns = (groups, probability, head.is_right, ~head.is_unseen, is_accepted)
         columns_of_heads.append([column[is_test] for column in columns])
-    images, probability, is_right, is_known, is_accepted = map(np.concatenate, zip(*columns_of_heads, strict=True))
+    drawn, probability, is_right, is_known, is_accepted = map(np.concatenate, zip(*columns_of_heads, strict=True))
     enrolment = [measure_enrolment(heads, strangers, is_test, count, job.config) for count in ENROLMENT_CROPS]
     evidence = [answers_of_enrolled(heads, is_test, count) for count in ENROLMENT_CROPS]
     return {
@@ -8203,8 +8215,8 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
         "known_acc": float(np.mean([head.is_right[~head.is_unseen & is_test].mean() for head in heads])),
         "open_set": {**open_set, "others": others},
-        **mean_intervals(images[~is_known], unknown_passed=is_accepted[~is_known]),
-        **mixed_precision(images, is_known, is_accepted, is_right, share),
+        **mean_intervals(drawn[~is_known], unknown_passed=is_accepted[~is_known]),
+        **mixed_precision(drawn, is_known, is_accepted, is_right, share),
         **reliability(probability, is_right, is_known, share),
         "enrolment": enrolment,
     }, {
@@ -8453,11 +8465,15 @@ BASELINE_NAMES = {
 
 
 def judge_training(
-    baseline: dict[str, dict[str, float]], frozen_right: dict[str, float], trained_right: dict[str, float]
+    baseline: dict[str, dict[str, float]],
+    frozen_right: dict[str, float],
+    trained_right: dict[str, float],
+    group_of: Mapping[str, int],
 ) -> dict[str, Any]:
     """Compare the trained model with the best frozen baseline of val on the same test images, given `image_accuracy` of both.
 
-    A verdict needs both McNemar's exact sign test on images answered differently, and the gain's bootstrap interval over images.
+    A verdict needs both McNemar's exact sign test on groups that gain or lose, and the gain's bootstrap interval over groups.
+    `group_of` is the group of each image, by path.
     """
     from scipy.stats import binomtest
 
@@ -8468,17 +8484,19 @@ def judge_training(
         return {"baseline": {"name": name, "acc": None}, "verdict": verdict}
     pairs = np.array([(trained_right[path], frozen_right[path]) for path in common])
     gains = pairs[:, 0] - pairs[:, 1]
-    num_better, num_worse = int((gains > 0).sum()), int((gains < 0).sum())
+    groups = np.unique([group_of[path] for path in common], return_inverse=True)[1]
+    group_gains = np.bincount(groups, weights=gains)
+    num_better, num_worse = int((group_gains > 0).sum()), int((group_gains < 0).sum())
     p_value = binomtest(num_better, num_better + num_worse).pvalue if num_better + num_worse else 1.0
-    gain = with_intervals(lambda drawn: {"gain": gains[drawn].mean()}, np.arange(len(gains)))["gain"]
-    if not gains.any():  # all draws agree: the interval is that of the share of images answered differently
-        bound = wilson_interval(0.0, np.arange(len(gains)))[1]
+    gain = with_intervals(lambda drawn: {"gain": gains[drawn].mean()}, groups)["gain"]
+    if not gains.any():  # all draws agree: the interval is that of the share of groups answered differently
+        bound = wilson_interval(0.0, groups)[1]
         gain["interval"] = [-bound, bound]
     low, high = (100 * bound for bound in gain["interval"])
     outcome = "no measurable difference"
     caveat = ""
     is_outside = not low <= 0 <= high
-    # With views, an image can be better by half: then test and mean may disagree.
+    # Gains of groups, and of images in two views, differ in size: then test and mean may disagree.
     if p_value < SIGNIFICANCE and is_outside and (num_better > num_worse) == (gain["value"] > 0):
         outcome = "training helped" if gain["value"] > 0 else "training hurt"
     elif is_outside:
@@ -8551,9 +8569,11 @@ def run_evaluate(config: EvaluateOptions) -> None:
         labels = np.array([label_of.get(name, -1) for name in records.class_names])[embedded.labels]
         known = embedded._replace(labels=labels).take(labels >= 0)
         strangers = embedded.take(labels < 0)
+        groups = records.groups
         if unknown is not None:
-            strangers = concatenate_embedded([strangers, unknown._replace(rows=unknown.rows + len(records.paths))])
-        figures = measure_gallery(run.gallery, known, strangers if len(strangers.rows) else None)
+            strangers = concatenate_embedded([strangers, unknown._replace(rows=unknown.rows + len(groups))])
+            groups = np.append(groups, groups.max() + 1 + unknown_half.groups)
+        figures = measure_gallery(run.gallery, known, groups, strangers if len(strangers.rows) else None)
         source = str((config.data_root or run.config.data_root).resolve())
         split = config.split if config.is_of_run else None
         measured = {"data": source, "split": split, "images": len(np.unique(known.rows)), **figures}
@@ -9112,9 +9132,11 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     weights = from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     model.load_state_dict(weights, strict=False)
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
+    groups = records.groups
     unknown: dict[str, Embedded] = {}  # features of --unknown_dir, by split
     if job.config.unknown_dir is not None:
         strangers = from_first(unknown_records, job.config.unknown_dir, job.config)
+        groups = np.append(groups, groups.max() + 1 + strangers.groups)
         unknown_bank = FeatureBank(dataclasses.replace(job, records=strangers), model.backbone)
         for split in ("val", "test"):
             unknown[split] = unknown_bank.extract(eval_keys(strangers, strangers.rows(split), "bbox"), "unknown")
@@ -9146,14 +9168,17 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         classifier = score_classifier(job, model, embed(model, features["test"]))[0]
         num_images = len(np.unique(test.rows))  # with --crop_mode mix, an image has two views
         trained_right = image_accuracy(records, test.rows, gallery.answer(test.values)[0] == test.labels)
-        judgement = judge_training(state.baseline, state.frozen_right, trained_right)
+        group_of = dict(zip(records.paths, records.groups.tolist(), strict=True))
+        judgement = judge_training(state.baseline, state.frozen_right, trained_right, group_of)
         counts = {"images": num_images, "views": len(test.rows)}
         scored = {"classifier": classifier, "prototypes": prototypes, "per_class": per_class, **counts}
         accuracies = np.array([value for path, value in trained_right.items() if path not in state.sessions])
         pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
         sessions = {"acc": none_if_nan(mean_of_defined(accuracies)), "images": len(accuracies), "pairs": pairs}
         run.event("test_end", **scored, **judgement, without_same_session=sessions)
-        figures = measure_run(job, model, gallery, features, unknown.get("test"))
+        if unknown:
+            unknown["test"] = unknown["test"]._replace(rows=unknown["test"].rows + len(records.paths))
+        figures = measure_run(job, model, gallery, features, unknown.get("test"), groups)
         compare_views(job, model, gallery, test, other_views)
         closed = figures["closed"][gallery.matcher]
         unseen = next((event for event in read_events(run.path) if event["event"] == "unseen_classes"), {})
@@ -9179,9 +9204,17 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
 
 
 def measure_run(
-    job: Job, model: Recognizer, gallery: Gallery, features: dict[str, Embedded], unknown: Embedded | None
+    job: Job,
+    model: Recognizer,
+    gallery: Gallery,
+    features: dict[str, Embedded],
+    unknown: Embedded | None,
+    groups: np.ndarray,
 ) -> dict[str, Any]:
-    """Measure the gallery on test, and how well simpler methods tell unknown objects; log and return the figures."""
+    """Measure the gallery on test, and how well simpler methods tell unknown objects; log and return the figures.
+
+    `groups`, int (N,), is the group of each record, those of `unknown` included.
+    """
     nearest_reference = nearest_reference_matcher(embed(model, features["train"]), len(job.records.class_names))
     logits = functools.partial(classifier_logits, job, model)
     simple = fit_baselines(job, features["train"])
@@ -9201,9 +9234,9 @@ def measure_run(
     if "logreg" in simple:
         name = f"{backbone} backbone, largest logit of logistic regression"
         methods[name] = ("features", simple["logreg"], best_score)
-    figures = measure_gallery(gallery, known["vectors"], strangers.get("vectors"))
+    figures = measure_gallery(gallery, known["vectors"], groups, strangers.get("vectors"))
     figures["open_set"]["others"] = {
-        name: open_set_figures(score, known[kind], strangers.get(kind), confide)
+        name: open_set_figures(score, known[kind], groups, strangers.get(kind), confide)
         for name, (kind, score, confide) in methods.items()
     }
     job.run.event("measured", **figures)

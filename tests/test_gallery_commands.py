@@ -419,6 +419,30 @@ def test_unknown_images_are_looked_for_where_every_other_image_is(tmp_path: Path
     assert sorted(lct.unknown_records(strangers, lct.Config()).paths) == expected
 
 
+def test_intervals_draw_the_crops_of_one_photo_together(
+    tmp_path: Path, call_main: Main, patch_used: Callable[..., Any]
+) -> None:
+    """Known and unknown ones, in the verdict too: drawn alone, they would make each figure look surer than it is."""
+    data = make_dataset(tmp_path / "data", {"axe": 24, "bit": 24})
+    strangers = new_class(tmp_path / "strangers", "any", 9, 40)
+    for path in [*data.rglob("*.png"), *strangers.rglob("*.png")]:
+        path.rename(path.with_name(f"{path.parent.name}{int(path.stem) // 4}_{path.name}"))
+    drawn = patch_used(lct, "with_intervals")
+    flags = ("--group_regex", r"^([a-z]+\d+)_", "--near_dup_bits", 0, "--unknown_dir", strangers)
+    assert call_main("--data_root", data, *TINY_RUN, "--out_dir", tmp_path / "run", *flags) == 0
+    assert call_main("evaluate", "--run", tmp_path / "run", *QUIET, "--unknown_dir", strangers) == 0
+    counts = {(len(groups), len(np.unique(groups))) for _, groups in drawn.calls}
+    test = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["test"]
+    known = [path for paths in test.values() for path in paths]
+    records = lct.unknown_records(strangers, lct.Config(group_regex=r"^([a-z]+\d+)_"))
+    unknown = [records.paths[row] for row in records.rows("test").tolist()]
+    assert len(known) > 4 < len(unknown)
+    expected = [
+        (len(paths), len({path.split("_")[0] for path in paths})) for paths in (known, unknown, known + unknown)
+    ]
+    assert counts == {*expected}
+
+
 def test_unknown_images_of_one_photo_stay_in_one_half(tmp_path: Path) -> None:
     """Else thresholds would be set on other crops of the photos that measure them."""
     strangers = new_class(tmp_path / "strangers", "any", 9, 40)

@@ -155,8 +155,8 @@ def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
     def figures(scores: np.ndarray, unknown: np.ndarray | None = None) -> tuple[float, float]:
         labels = np.arange(len(scores))
         queries = lct.Embedded(labels, labels, labels, scores)
-        strangers = None if unknown is None else lct.Embedded(*[np.arange(len(unknown))] * 3, unknown)
-        found = lct.open_set_figures(lambda own: own, queries, strangers)
+        strangers = None if unknown is None else lct.Embedded(*[len(scores) + np.arange(len(unknown))] * 3, unknown)
+        found = lct.open_set_figures(lambda own: own, queries, np.arange(100), strangers)
         for name in ("auroc", "fpr95"):
             value, (low, high) = found[name]["value"], found[name]["interval"]
             assert low <= value <= high and (low < high or 0 < value < 1), "never sure, with so few"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -510,6 +510,11 @@ BASELINE = {
 }
 
 
+def number_paths(paths: Iterable[str]) -> dict[str, int]:
+    """Return a group of its own for each image."""
+    return {path: group for group, path in enumerate(paths)}
+
+
 @pytest.mark.parametrize(
     ("num_better", "num_worse", "word"),
     [
@@ -525,7 +530,7 @@ def test_verdict_compares_the_answers_to_the_same_images(num_better: int, num_wo
     """With the baseline that is the best on val, though on test another one looks better."""
     frozen = {f"{index}.jpg": float(index >= num_better) for index in range(100)}
     trained = {path: float(int(path[:-4]) < 100 - num_worse) for path in frozen}
-    judged = lct.judge_training(BASELINE, frozen, trained | {"gone.jpg": 1.0})
+    judged = lct.judge_training(BASELINE, frozen, trained | {"gone.jpg": 1.0}, number_paths(frozen))
     assert judged["baseline"] == {"name": "logreg", "acc": pytest.approx(1 - num_better / 100)}
     assert judged["gain"]["value"] == pytest.approx((num_better - num_worse) / 100)
     low, high = judged["gain"]["interval"]
@@ -547,7 +552,7 @@ def test_a_test_and_a_mean_that_disagree_are_no_verdict() -> None:
     """Of images seen in two views, many can be better by half, and few be worse by a whole."""
     frozen = {f"{index}.jpg": 0.5 if index < 40 else float(index < 61) for index in range(100)}
     trained = {path: float(int(path[:-4]) < 40) for path in frozen}
-    judged = lct.judge_training(BASELINE, frozen, trained)
+    judged = lct.judge_training(BASELINE, frozen, trained, number_paths(frozen))
     assert judged["p_value"] < 0.05 and judged["gain"]["value"] < 0
     assert judged["verdict"].startswith("no measurable difference: ")
     # 54 images differ, 36 of them to the worse, but mostly by half: the interval of the gain includes 0.
@@ -555,14 +560,28 @@ def test_a_test_and_a_mean_that_disagree_are_no_verdict() -> None:
     better = [1.0] * 9 + [0.5] * 10
     gains = dict(zip(frozen, [*worse, *better, *[0.0] * 45], strict=True))
     trained = {path: 0.5 + gain / 2 for path, gain in gains.items()}
-    judged = lct.judge_training(BASELINE, {path: 0.5 - gain / 2 for path, gain in gains.items()}, trained)
+    frozen = {path: 0.5 - gain / 2 for path, gain in gains.items()}
+    judged = lct.judge_training(BASELINE, frozen, trained, number_paths(frozen))
     low, high = judged["gain"]["interval"]
     assert judged["p_value"] < 0.05 and low < judged["gain"]["value"] < 0 < high
     assert judged["verdict"].startswith("no measurable difference: ")
 
 
+def test_thirty_frames_of_one_video_are_one_proof() -> None:
+    frozen = {f"{index}.jpg": float(index >= 30) for index in range(100)}
+    trained = dict.fromkeys(frozen, 1.0)
+    apart, together = (
+        lct.judge_training(BASELINE, frozen, trained, {path: int(path[:-4]) // size for path in frozen})
+        for size in (1, 30)
+    )
+    assert apart["verdict"].startswith("training helped: ") and apart["p_value"] < 1e-8
+    assert together["verdict"].startswith("no measurable difference: ") and together["p_value"] == 1.0
+    assert together["gain"]["value"] == apart["gain"]["value"] == pytest.approx(0.3)
+    assert together["gain"]["interval"][0] == 0.0 and together["gain"]["interval"][1] > 0.6
+
+
 def test_there_is_no_verdict_on_images_that_the_frozen_backbone_never_saw() -> None:
-    judged = lct.judge_training(BASELINE, {"gone.jpg": 1.0}, {"new.jpg": 1.0})
+    judged = lct.judge_training(BASELINE, {"gone.jpg": 1.0}, {"new.jpg": 1.0}, {})
     assert (
         judged["verdict"].startswith("no verdict: none of these test images") and judged["baseline"]["name"] == "logreg"
     )

@@ -43,7 +43,7 @@ def main() -> None:
     gallery = lct.build_gallery(records, references, val, lct.Config())
     gallery = lct.calibrate(gallery, val, lct.Config(), None, {}, torch.float32)
     built = time.perf_counter()
-    lct.measure_gallery(gallery, test)
+    lct.measure_gallery(gallery, test, test.rows)
     ended = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
     print(f"{num_classes:,} classes, {len(references.labels):,} references: built in {built - started:.0f} s,", end=" ")

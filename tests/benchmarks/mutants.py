@@ -32,7 +32,7 @@ class Fault(NamedTuple):
 FAULTS = {
     # What feeds a figure
     "whole match of --group_regex": Fault(
-        "match.group(1), index", "match.group(0), index", "test_figures.py -k captures"
+        "match and match.group(1)", "match and match.group(0)", "test_figures.py -k captures"
     ),
     "verdict against val": Fault(
         'best_baseline(baseline["val"]), features["test"]\n',
@@ -137,8 +137,8 @@ FAULTS = {
     ),
     # Intervals and errors
     "two views are two images": Fault(
-        "unique, inverse = np.unique(images, return_inverse=True)\n    positions",
-        "unique, inverse = np.unique(np.arange(len(images)), return_inverse=True)\n    positions",
+        "unique, inverse = np.unique(groups, return_inverse=True)\n    positions",
+        "unique, inverse = np.unique(np.arange(len(groups)), return_inverse=True)\n    positions",
         "test_figures.py -k two_views",
     ),
     "an interval of 90 %": Fault("(0.025, 0.975)", "(0.05, 0.95)", "test_figures.py -k intervals"),

@@ -208,6 +208,8 @@ def judge_thresholds(name: str, weights: Path, num_seeds: int = 4) -> None:
                 lct.embed_records(run, strangers, strangers.rows(split), options, run.embed)
                 for split in ("val", "test")
             )
+        judged = judged._replace(rows=judged.rows + len(records.paths))
+        groups = np.append(records.groups, records.groups.max() + 1 + strangers.groups)
         for target, share, source in (
             *((target, share, "heads") for target in (0.95, 0.9) for share in (0.0, 0.05, 0.1, 0.2)),
             *((0.95, 0.2, source) for source in ("--unknown_dir", "classes out of the gallery")),
@@ -216,7 +218,7 @@ def judge_thresholds(name: str, weights: Path, num_seeds: int = 4) -> None:
             vectors = given.values if source == "--unknown_dir" else None
             unseen = run.unseen if source == "heads" else {}
             gallery = lct.calibrate(run.gallery, val, config, vectors, unseen, torch.float32)
-            figures = lct.measure_gallery(gallery, test, judged)
+            figures = lct.measure_gallery(gallery, test, groups, judged)
             passed, coverage = figures["unknown_passed"]["value"], figures["thresholds"]["coverage"]["value"]
             right = coverage * (figures["thresholds"]["precision"]["value"] or 0.0)
             precisions = [(1 - mix) * right / ((1 - mix) * coverage + mix * passed) for mix in (share, 0.2)]

@@ -601,7 +601,7 @@ def measure_drawn(folder: Path) -> dict[str, Any]:
     gallery = lct.calibrate(
         lct.build_gallery(records, part, part, lct.Config()), part, lct.Config(), None, {}, torch.float32
     )
-    return lct.to_json(lct.measure_gallery(gallery, part))
+    return lct.to_json(lct.measure_gallery(gallery, part, part.rows))
 
 
 def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_trained_on(tmp_path: Path) -> None:
