@@ -212,6 +212,12 @@ def test_a_mask_of_another_size_and_the_same_aspect_is_resized(tree: Path) -> No
     put(tree / "a/masks/1.png", (80, 60))
     _, mask, _ = lct.load_crop(scan(tree).records, 0, 1)
     assert mask.shape == (30, 40) and set(np.unique(mask)) == {0, 255} and (mask[:, :20] == 255).all()
+    values = np.zeros((60, 80), np.uint8)
+    values[:, :40] = 255
+    values[1::2, 41::2] = 255  # a quarter of each pixel of the crop: not the object, though the nearest pixel says so
+    Image.fromarray(values).save(tree / "a/masks/1.png")
+    _, mask, _ = lct.load_crop(scan(tree).records, 0, 1)
+    assert (mask[:, :20] == 255).all() and (mask[:, 21:] == 0).all()
 
 
 BAD_MASKS = {
