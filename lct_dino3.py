@@ -6707,6 +6707,7 @@ def write_predictions(path: Path, gallery: Gallery, records: Records, embedded: 
         columns[name] = reference_paths[nearest]
         columns[f"{name}_view"] = reference_views[nearest]
     columns["mask"] = [records.mask_of(row, VIEW_NAMES.index("mask")) for row in rows]
+    columns["group"] = records.groups[rows].tolist()  # crops with the same number were kept in one split
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

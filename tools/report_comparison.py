@@ -80,8 +80,9 @@ def choose_answers(run: Run) -> dict[str, Prediction]:
 def judge_runs(names: list[str], images: list[list[Prediction]], untested: list[str]) -> dict[str, str]:
     """Return whether the run with the most right answers on the common test images is significantly ahead of the second.
 
-    Significant: the sign test on the images that only one of the two gets right gives p < SIGNIFICANCE / (number of runs - 1).
-    Without common images, returns why: `untested` are the runs without answers.
+    Significant: the sign test on the groups in which one of the two gets more images right gives p < SIGNIFICANCE / (number of runs
+    - 1); crops of one photo are right or wrong together, and count once. Without common images, returns why: `untested` are the
+    runs without answers.
     """
     if not images:
         reason = "Not one image is in the test split of all runs."
@@ -94,15 +95,21 @@ def judge_runs(names: list[str], images: list[list[Prediction]], untested: list[
     is_right = np.array([[item.is_right for item in items] for items in images])  # (images, runs)
     accuracies = is_right.mean(axis=0)
     first, second = np.argsort(-accuracies, kind="stable")[:2].tolist()
-    wins = int((is_right[:, first] & ~is_right[:, second]).sum())
-    losses = int((is_right[:, second] & ~is_right[:, first]).sum())
+    groups = np.unique([items[0].group for items in images], return_inverse=True)[1]
+    leads = np.bincount(groups, weights=is_right[:, first].astype(int) - is_right[:, second])
+    wins, losses = int((leads > 0).sum()), int((leads < 0).sum())
+    units = (
+        "them"
+        if len(leads) == len(images)
+        else f"their {len(leads):,} groups (crops of one photo, say, or near-duplicates)"
+    )
     p_value = sign_test(wins, losses)
     is_ahead = p_value < SIGNIFICANCE / (len(names) - 1)
     scores = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in zip(names, accuracies.tolist(), strict=True))
     note = (
-        f"Accuracy on the {len(images):,} test images that all runs have in common: {scores}. {names[first]} is right on {wins:,}"
-        f" of them where {names[second]} is wrong, and {names[second]} on {losses:,} where {names[first]} is wrong; a fair coin"
-        f" would divide them so unevenly in {float(f'{100 * p_value:.2g}'):g} % of cases."
+        f"Accuracy on the {len(images):,} test images that all runs have in common: {scores}. {names[first]} does better on"
+        f" {wins:,} of {units}, and {names[second]} on {losses:,}; a fair coin would divide them so unevenly in"
+        f" {float(f'{100 * p_value:.2g}'):g} % of cases."
     )
     verdict = f"{names[first]} is ahead of {names[second]}" if is_ahead else "No run is measurably ahead"
     return {"verdict": verdict, "tone": "good" if is_ahead else "plain", "note": note}

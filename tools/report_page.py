@@ -70,7 +70,7 @@ def describe_run(run: Run, pictures: Pictures) -> dict[str, Any]:
         "views": compare_views(run),
         "measured": view_measured(run.figures.measured, run.figures.unseen),
         "unseen": run.figures.unseen,
-        "calibration": view_calibration(run.figures),
+        "calibration": view_calibration(run),
         "sessions": view_sessions(run.figures.test),
         "data": view_data(run.data_report),
     }
@@ -374,8 +374,9 @@ def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None
     }
 
 
-def view_calibration(figures: Figures) -> dict[str, Any] | None:
+def view_calibration(run: Run) -> dict[str, Any] | None:
     """Return reliability by bin of probability, the source of its unknown objects, and the expected calibration error."""
+    figures = run.figures
     if figures.measured is None or not figures.test:
         return None
     # Classes that the embedder was trained on are too easy as unknown objects: prefer heads that were trained without them.
@@ -383,6 +384,7 @@ def view_calibration(figures: Figures) -> dict[str, Any] | None:
     source = figures.unseen if is_easy and figures.unseen else figures.measured
     bins = source["reliability"]
     right = sum(row["share"] * row["right"] for row in bins)
+    num_groups = len({item.group for item in run.predictions}) or figures.test["images"]
     return {
         "bins": bins,
         "source": source["open_set"]["source"],
@@ -392,7 +394,7 @@ def view_calibration(figures: Figures) -> dict[str, Any] | None:
         "claimed": sum(row["share"] * row["probability"] for row in bins),
         "right": right,
         "images": figures.test["images"],
-        "noise": 2 * math.sqrt(right * (1 - right) / figures.test["images"]),  # two standard errors of the share right
+        "noise": 2 * math.sqrt(right * (1 - right) / num_groups),  # two standard errors of the share right
     }
 
 

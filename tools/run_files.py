@@ -71,6 +71,7 @@ class Prediction:
     nearest_reference: Shot  # of the answered class
     nearest_of_class: Shot  # without a path if the class has no reference
     mask: str
+    group: str  # equal for crops that were kept in one split, e.g. of one photo; older runs have none: each image is its own
 
     @property
     def is_right(self) -> bool:
@@ -271,6 +272,7 @@ def read_predictions(path: Path) -> list[Prediction]:
             nearest_reference=Shot(row["nearest_reference"], row["nearest_reference_view"]),
             nearest_of_class=Shot(row["nearest_of_class"], row["nearest_of_class_view"]),
             mask=row["mask"],
+            group=row.get("group", row["path"]),
         )
         for row in rows
     ]

@@ -39,7 +39,7 @@ HOSTILE = (
 PLAIN = ("hammer", "pliers", "wrench")
 COLUMNS = (
     "path view class answer is_unknown cosine probability runner_up runner_up_cosine class_cosine"
-    " nearest_reference nearest_reference_view nearest_of_class nearest_of_class_view mask"
+    " nearest_reference nearest_reference_view nearest_of_class nearest_of_class_view mask group"
 ).split()
 
 
@@ -115,7 +115,7 @@ class MadeRun:
         values = (
             *(self.paths[row], "bbox", self.names[label], self.names[answer], "false", cosine, probability),
             *(self.names[(label + 1) % len(self.names)], 0.4, class_cosine),
-            *(self.paths[0], "bbox", self.paths[12 * label + 1], "bbox", ""),
+            *(self.paths[0], "bbox", self.paths[12 * label + 1], "bbox", "", row),
         )
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -153,7 +153,7 @@ class MadeRun:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -640,18 +640,20 @@ def test_calibration_is_of_known_objects_and_of_strangers_that_were_never_traine
 
 
 @pytest.mark.parametrize(
-    ("images", "right", "words"),
+    ("images", "groups", "right", "words"),
     [
-        (8, 0.7, "on 8 test images, that is no measurable difference."),
-        (151, 0.6, "on 151 test images, that is no measurable difference."),
-        (2000, 0.7, "it is too modest."),
-        (2000, 0.5, "it is too sure."),
+        (8, 8, 0.7, "on 8 test images, that is no measurable difference."),
+        (151, 151, 0.6, "on 151 test images, that is no measurable difference."),
+        (2000, 2000, 0.7, "it is too modest."),
+        (2000, 2000, 0.5, "it is too sure."),
+        (2000, 100, 0.7, "on 2,000 test images, that is no measurable difference."),
     ],
 )
 def test_few_images_do_not_tell_whether_probabilities_are_too_high(
-    tmp_path: Path, images: int, right: float, words: str
+    tmp_path: Path, images: int, groups: int, right: float, words: str
 ) -> None:
     run = MadeRun(tmp_path)
+    run.rows = [run.rows[0] | {"group": index % groups} for index in range(images)]
     (test,) = (event for event in run.events if event["event"] == "test_end")
     test["images"] = images
     bins = [{"share": 1.0, "probability": 0.62, "right": right}]
@@ -979,7 +981,7 @@ def test_runs_are_compared_on_their_common_test_images(pair: Callable[..., str])
     assert "17" not in re.findall(r"(\d+) test images in common", " ".join(text.split()))
     summary = " ".join(text[: text.index("</header>")].split())
     assert "3 classes and 6 test images in common" in summary and "No run is measurably ahead" in summary
-    assert "a/run 0.833, b/run 0.500" in summary and "a/run is right on 2 of them where b/run is wrong" in summary
+    assert "a/run 0.833, b/run 0.500" in summary and "a/run does better on 2 of them, and b/run on 0" in summary
     assert "in 50 % of cases" in summary
     part = section(text, "disagreements")
     tally = part[: part.index("<h3")]
@@ -997,8 +999,15 @@ def test_a_run_that_is_ahead_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         row["answer"] = row["class"]
     text = make_page(*(run.write() for run in runs), out=tmp_path / "compare.html")
     assert '<h1 class="good">b/run is ahead of a/run</h1>' in text
-    assert "b/run is right on 20 of them where a/run is wrong, and a/run on 0" in " ".join(text.split())
+    assert "b/run does better on 20 of them, and a/run on 0" in " ".join(text.split())
     assert text.count("<article") == 8 and "and 12 more images" in text
+    for index, row in enumerate(runs[0].rows):
+        row["group"] = index // 10  # crops of four photos
+    for row in runs[1].rows:
+        del row["group"]  # as in an older run
+    text = make_page(*(run.write() for run in runs), out=tmp_path / "groups.html")
+    assert "No run is measurably ahead" in text
+    assert "b/run does better on 4 of their 4 groups" in " ".join(text.split()) and "in 12 % of cases" in text
 
 
 def test_the_sign_test_is_scipys() -> None:
