@@ -9245,6 +9245,8 @@ def measure_run(
         "classifier, highest softmax": ("embeddings", logits, lambda scores: np.exp(log_softmax(scores)).max(axis=1)),
         "trained, nearest reference": ("embeddings", nearest_reference.score, best_score),
     }
+    if unknown is None and len(job.records.class_names) == 2:  # the softmax of the one that is not held out is always 1
+        del methods["classifier, highest softmax"]
     if "logreg" in simple:
         name = f"{backbone} backbone, largest logit of logistic regression"
         methods[name] = ("features", simple["logreg"], best_score)

@@ -472,6 +472,10 @@ def test_two_classes_balanced_and_few_references(tmp_path: Path, call_main: Main
     assert {name: row["support"] for name, row in support.items()} == {"few": 9, "many": 9}
     with np.load(tmp_path / "run" / "prototypes.npz") as file:
         assert np.bincount(file["stack_labels"]).tolist() == [3, 3]
+    (measured,) = (event for event in lct.read_events(tmp_path / "run") if event["event"] == "measured")
+    methods = measured["open_set"]["others"]
+    assert "trained, nearest reference" in methods
+    assert "classifier, highest softmax" not in methods, "that of one class, when the other is held out, is always 1"
 
 
 def test_class_map_and_exclude_hold_for_the_prototypes(data: Path, tmp_path: Path, call_main: Main) -> None:
