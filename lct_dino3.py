@@ -8169,7 +8169,7 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         known classes; open_set: auroc and fpr95 of telling left-out from known classes, and the same by other methods in `others`;
         enrolment: see `measure_enrolment`. On test, with thresholds and probabilities fitted on val and the strangers of the other
         heads: unknown_passed: share of the images of left-out classes that get a class, as {value, interval}; `mixed_precision`,
-        ece and `reliability`.
+        ece and `reliability`, where unknown_share of the objects are unknown.
 
         Data for `calibrate`. strangers: quantiles of the val scores of left-out classes, on `score_scale`; enrolled: by number of
         crops, the scores on that scale and is_right of `answers_of_enrolled`, and the metrics at the target precision.
@@ -8216,6 +8216,7 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         "images": len(np.unique(queries.rows[folds[queries.labels] < num_folds])),
         "known_acc": float(np.mean([head.is_right[~head.is_unseen & is_test].mean() for head in heads])),
         "open_set": {**open_set, "others": others},
+        "unknown_share": share,
         **mean_intervals(drawn[~is_known], unknown_passed=is_accepted[~is_known]),
         **mixed_precision(drawn, is_known, is_accepted, is_right, share),
         **reliability(probability, is_right, is_known, share),
@@ -8658,7 +8659,7 @@ def format_measures(figures: dict[str, Any]) -> str:
         coverage = format_figure(entry["coverage"])
         lines.append(f"{name}: answers {coverage} of the images, {format_figure(entry['precision'])} of them right")
     if "unknown_passed" in figures:
-        lines.append(format_unknown(figures, figures["unknown_share"]))
+        lines.append(format_unknown(figures))
     lines.append(f"expected calibration error {figures['ece']:.3f}")
     if figures["few"]:
         lines.append(f"few test images (fewer than {FEW_IMAGES}): {', '.join(figures['few'])}")
@@ -9202,9 +9203,9 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         coverage = format_figure(figures["thresholds"]["coverage"])
         result += f"test images that get a class, not `unknown`: {coverage}\n"
         if "unknown_passed" in figures:
-            result += format_unknown(figures, gallery.unknown_share)
+            result += format_unknown(figures)
         elif "mixed_precision" in unseen:  # a run that an older script began has not measured it
-            result += format_unknown(unseen, gallery.unknown_share)
+            result += format_unknown(unseen)
             result += (
                 "\nthese are of classes that heads were trained without; --unknown_dir DIR measures those of production"
             )
@@ -9285,11 +9286,11 @@ def compute_gallery_metrics(gallery: Gallery, queries: Embedded) -> tuple[dict, 
     return figures | {"recall_at_1": recall_at_1(gallery.stacks, gallery.stack_labels, queries)}, per_class
 
 
-def format_unknown(figures: dict[str, Any], unknown_share: float) -> str:
+def format_unknown(figures: dict[str, Any]) -> str:
     """Format two figures of `measure_gallery` or `measure_unseen`: how unknown objects fare, and what answers then are worth."""
     return (
         f"unknown objects that get a class all the same: {format_figure(figures['unknown_passed'])}\n"
-        f"classes given that are right, if {unknown_share:.0%} of all objects are unknown (--unknown_share):"
+        f"classes given that are right, if {100 * figures['unknown_share']:g}% of all objects are unknown (--unknown_share):"
         f" {format_figure(figures['mixed_precision'])}"
     )
 

@@ -121,6 +121,7 @@ def test_thresholds_of_a_head_are_set_with_the_strangers_of_the_others(patch_use
     assert figures["unknown_passed"]["value"] == pytest.approx(np.mean(passed))
     mixed = 0.8 * np.mean(right) / (0.8 * np.mean(known_passed) + 0.2 * np.mean(passed))
     assert figures["mixed_precision"]["value"] == pytest.approx(mixed)
+    assert ", if 20% of all objects are unknown" in lct.format_unknown(figures), "whatever a later start says"
     for at in figures["enrolment"]:
         own = found[at["crops"]]
         assert (at["answers"], at["precision"]) == (

@@ -364,9 +364,8 @@ def view_measured(measured: dict[str, Any] | None, unseen: dict[str, Any] | None
         "rows": [(name, figure["value"], figure["interval"]) for name, figure in rows],
         "unknown": unknown,
         "strangers": [(subject, source) for subject, source in sources if "unknown_passed" in source],
-        "unknown_share": measured.get(
-            "unknown_share"
-        ),  # None in a run of an older script, whose thresholds allow for none
+        # None in a run of an older script, whose thresholds allow for no unknown objects.
+        "unknown_share": measured.get("unknown_share"),
         "source": measured["open_set"]["source"],
         "answers": measured["answers"],
         "thresholds": measured["thresholds"],
@@ -390,7 +389,7 @@ def view_calibration(run: Run) -> dict[str, Any] | None:
         "source": source["open_set"]["source"],
         "of_heads": source is figures.unseen,
         "error": source["ece"],
-        "unknown_share": figures.measured.get("unknown_share", 0.2),  # older runs do not name it
+        "unknown_share": source.get("unknown_share", 0.2),  # older runs do not name it
         "claimed": sum(row["share"] * row["probability"] for row in bins),
         "right": right,
         "images": figures.test["images"],

@@ -928,17 +928,19 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
         {"crops": 5, "new": 0.383, "old": 0.775, "before": 0.791, "recall": 0.234, "precision": 0.954, "answers": 7}
     ]
     unseen = {"classes": ["hammer"], "images": 9, "unknown_passed": told, "enrolment": enrolment}
-    unseen["mixed_precision"] = {"value": 0.912, "interval": [0.887, 0.936]}
+    # The run was continued with another share than the one that this was measured at.
+    unseen |= {"mixed_precision": {"value": 0.912, "interval": [0.887, 0.936]}, "unknown_share": 0.125}
     unseen |= {"ece": 0.045, "reliability": measured["reliability"]}
     run.events.append(
         {"event": "unseen_classes", **unseen, "open_set": {"source": "others", **way, "others": {"regression": way}}}
     )
-    del unseen["reliability"]
+    del unseen["reliability"], unseen["unknown_share"]
     figures = {*re.findall(r"\d\.\d{3}", lct.format_measures(measured) + str(unseen))}
     page = make_page(run.write())
     words = " ".join(section(page, "trust").split())
     assert "for objects of which 20 % are unknown. " in words.replace("</p>", " ")
-    assert "If 20 % of all objects are such, 0.912 (0.887 – 0.936) of the classes given are right" in words
+    assert "12.5 % are taken to be unknown" in " ".join(section(page, "calibration").split())
+    assert "If 12.5 % of all objects are such, 0.912 (0.887 – 0.936) of the classes given are right" in words
     shown = {*re.findall(r"\d\.\d{3}", section(page, "trust") + section(page, "calibration"))}
     assert figures - shown <= {f"{measured['ece']:.3f}"}, "the log leaves them to it"
 
