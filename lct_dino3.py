@@ -7476,7 +7476,7 @@ def measure_unknown(
         return {name: mean_of_defined(np.array([metrics[name] for metrics in per_fold])) for name in per_fold[0]}
 
     figures = with_intervals(mean_of_folds, groups)
-    sides = [groups[np.any([fold[i] for fold in folds], axis=0)] for i in (1, 2)]
+    sides = [np.unique(groups[np.any([fold[i] for fold in folds], axis=0)]) for i in (1, 2)]
     for figure in figures.values():
         if figure["interval"] in ([0.0, 0.0], [1.0, 1.0]):
             figure["interval"] = wilson_interval(figure["value"], min(sides, key=len))

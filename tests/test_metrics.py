@@ -198,6 +198,9 @@ def test_perfect_separation_is_as_sure_as_the_fewer_objects_allow() -> None:
         low = proportion_interval(7, 7)[0]
         assert figures["auroc"] == {"value": 1.0, "interval": pytest.approx([low, 1.0], rel=1e-4)}
         assert figures["fpr95"] == {"value": 0.0, "interval": pytest.approx([0.0, 1 - low], rel=1e-4)}
+    videos = np.append(np.arange(7), np.arange(23) // 12 + 7)  # 23 frames of two videos are two objects
+    figures = lct.measure_unknown(videos, [((images < 7).astype(float), images < 7, images >= 7)])
+    assert figures["auroc"]["interval"] == pytest.approx([proportion_interval(2, 2)[0], 1.0], rel=1e-4)
 
 
 def test_calibration_error_is_that_of_the_definition() -> None:
