@@ -968,7 +968,7 @@ def test_a_best_checkpoint_that_is_gone_is_found_again_among_those_of_its_own_ep
     metrics = tmp_path / "run" / "metrics.jsonl"
     events = list(map(json.loads, metrics.read_text("utf-8").splitlines()))
     for event in events:
-        event.pop("mixed_precision", None)
+        event.pop("unknown_share", None)
     metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events), "utf-8")
     for name in ("checkpoint_best.pth", "prototypes.npz"):
         (tmp_path / "run" / name).unlink()

@@ -158,7 +158,7 @@ def test_classes_held_out_are_not_answers_while_they_are_unknown() -> None:
         strangers = None if unknown is None else lct.Embedded(*[len(scores) + np.arange(len(unknown))] * 3, unknown)
         found = lct.open_set_figures(lambda own: own, queries, np.arange(100), strangers)
         for name in ("auroc", "fpr95"):
-            value, (low, high) = found[name]["value"], found[name]["interval"]
+            value, (low, high) = found[name]["value"], found[name]["interval"] or (0.0, 1.0)
             assert low <= value <= high and (low < high or 0 < value < 1), "never sure, with so few"
         return found["auroc"]["value"], found["fpr95"]["value"]
 
@@ -369,6 +369,16 @@ def test_intervals_are_the_binomial_ones_and_keep_views_of_an_image_together(mon
     assert tile == twice, "the views of an image need not stand side by side"
     monkeypatch.setattr(lct, "BOOTSTRAP_SAMPLES", 1)
     assert interval(values, np.arange(200)) == pytest.approx(expected, abs=0.02), "the largest sets get some draws too"
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 5, 6])
+def test_a_few_groups_have_no_interval(num_groups: int) -> None:
+    """All draws of one camera's images are the same, and an interval of no width says that the figure is sure."""
+    is_right = np.arange(60) % 4 > 0
+    figures = lct.mean_intervals(np.arange(60) % num_groups, right=is_right, all=np.ones(60))
+    assert figures["right"]["value"] == 0.75 and (figures["right"]["interval"] is None) == (num_groups < 6)
+    low = proportion_interval(num_groups, num_groups)[0]
+    assert figures["all"]["interval"] == pytest.approx([low, 1.0], rel=1e-4), "Wilson's is wide enough"
 
 
 def test_a_figure_that_is_undefined_has_neither_value_nor_interval() -> None:

@@ -81,12 +81,12 @@ def view_header(run: Run) -> dict[str, Any]:
     figures = run.figures
     verdict, _, note = run.verdict.partition(": ")
     if figures.test and figures.measured and figures.prototypes:
-        low, high = figures.measured["closed"][figures.prototypes["matcher"]]["acc"]["interval"]
+        note = f"{capitalize(note)}."
+        interval = figures.measured["closed"][figures.prototypes["matcher"]]["acc"]["interval"]
+        if interval:  # of enough groups
+            note += " Test images put the accuracy between {:.3f} and {:.3f} (95 % interval).".format(*interval)
         coverage = figures.measured["thresholds"]["coverage"]["value"]
-        note = (
-            f"{capitalize(note)}. Test images put the accuracy between {low:.3f} and {high:.3f} (95 % interval)."
-            f" The thresholds give a class to {coverage:.3f} of them; the others are unknown."
-        )
+        note += f" The thresholds give a class to {coverage:.3f} of the test images; the others are unknown."
     elif not figures.test:
         note = "The figures below are of the val split, which also chose the best epoch: expect less on new data."
     frozen = figures.baseline.get(figures.scored, {})

@@ -919,7 +919,12 @@ def test_trust_shows_what_was_measured(tmp_path: Path) -> None:
     page = make_page(run.write())
     assert "between {:.3f} and {:.3f}".format(*of_matcher) in page, "one interval, in the log and here"
     coverage = measured["thresholds"]["coverage"]["value"]
-    assert f"The thresholds give a class to {coverage:.3f} of them" in page
+    assert f"The thresholds give a class to {coverage:.3f} of the test images" in page
+    closed = {"knn": measured["closed"]["knn"] | {"acc": {"value": 0.5, "interval": None}}}  # of too few groups
+    run.events[-1] = {"event": "measured", **measured, "closed": measured["closed"] | closed}
+    few = make_page(run.write())
+    assert "put the accuracy between" not in few and f"give a class to {coverage:.3f} of the test images" in few
+    run.events[-1] = {"event": "measured", **measured}
     assert f"{low:.3f} – {high:.3f}" in text and "classes held out in turn" in text
     assert text.count("%</td>") == len(lct.PRECISION_TARGETS)
     told = {"value": 0.123, "interval": [0.102, 0.145]}
