@@ -6617,24 +6617,24 @@ def measure_gallery(
     num_classes = len(gallery.class_names)
     answers, scores = gallery.answer(test.values)
     is_right = answers == test.labels
+    test_groups = groups[test.rows]
 
     def closed_set(matcher: str) -> dict[str, Any]:
         matched = dataclasses.replace(gallery, matcher=matcher).answer(test.values)[0]
-        figures = mean_intervals(groups[test.rows], acc=(matched == test.labels).astype(float))
+        figures = mean_intervals(test_groups, acc=(matched == test.labels).astype(float))
 
         def f1_macro(drawn: np.ndarray) -> dict[str, float]:
             f1 = precision_recall_f1(matched[drawn], test.labels[drawn], num_classes)[2]
             return {"f1_macro": mean_of_defined(f1)}
 
-        figures |= with_intervals(f1_macro, groups[test.rows])
+        figures |= with_intervals(f1_macro, test_groups)
         if figures["acc"]["value"] in (0.0, 1.0):  # all draws agree
             figures["f1_macro"]["interval"] = figures["acc"]["interval"]
         return figures | ({"k": int(gallery.knn_counts.max())} if matcher == "knn" else {})
 
     def above(thresholds: np.ndarray | float) -> dict[str, Any]:
         passed = scores >= thresholds
-        precision = np.where(passed, is_right, np.nan)
-        return mean_intervals(groups[test.rows], coverage=passed, precision=precision)
+        return mean_intervals(test_groups, coverage=passed, precision=np.where(passed, is_right, np.nan))
 
     if unknown is None:
         unknown_answers, unknown_scores = answer_without_class(gallery.scores, test)
@@ -6651,7 +6651,7 @@ def measure_gallery(
     support = np.bincount(test.labels[images], minlength=num_classes)
     figures = {
         "closed": {matcher: closed_set(matcher) for matcher in matchers},
-        "retrieval": mean_intervals(groups[test.rows], **retrieval),
+        "retrieval": mean_intervals(test_groups, **retrieval),
         "open_set": open_set_figures(gallery.scores, test, groups, unknown),
         "answers": [
             {"target": target, "threshold": threshold, **above(threshold)}
@@ -6665,7 +6665,7 @@ def measure_gallery(
     if unknown is not None:
         is_accepted = all_scores >= gallery.thresholds[all_answers]
         figures |= mean_intervals(groups[unknown.rows], unknown_passed=is_accepted[~is_known])
-        all_groups = groups[np.append(test.rows, unknown.rows)]
+        all_groups = np.append(test_groups, groups[unknown.rows])
         figures |= mixed_precision(all_groups, is_known, is_accepted, all_right, gallery.unknown_share)
     return figures
 
