@@ -7453,16 +7453,12 @@ def open_set_figures(
         is_unknown = np.arange(len(known.rows) + len(unknown.rows)) >= len(known.rows)
         rows = np.append(known.rows, unknown.rows)
         figures = measure_unknown(groups[rows], [(np.concatenate(confidences), ~is_unknown, is_unknown)])
-        return figures | {
-            "unknowns": len(np.unique(unknown.rows)),
-            "source": "images of no class",
-            "trained_on_them": False,
-        }
+        source = "images of no class"
+        return figures | {"unknowns": len(np.unique(unknown.rows)), "source": source, "trained_on_them": False}
     is_held_out = [known.labels % HELD_OUT_FOLDS == fold for fold in range(HELD_OUT_FOLDS)]
-    folds = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
-    figures = measure_unknown(
-        groups[known.rows], [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in folds]
-    )
+    pairs = zip(reduce_scores(score, known.values, hold_out), is_held_out, strict=False)
+    folds = [(confidences, ~is_unknown, is_unknown) for confidences, is_unknown in pairs]
+    figures = measure_unknown(groups[known.rows], folds)
     source = "classes held out in turn, on which it was trained"
     return figures | {"unknowns": len(np.unique(known.rows)), "source": source, "trained_on_them": True}
 
