@@ -8200,20 +8200,21 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
         others["frozen backbone, largest logit of logistic regression"] = measure_unknown(groups, by_regression)
     open_set |= {"source": "classes it was not trained on", "trained_on_them": False}
     strangers = [head.scores[head.is_unseen & ~is_test] for head in heads]
+    strangers_of_others = list(map(np.concatenate, leave_one_out(strangers)))
     share = job.config.unknown_share
+    precision = job.config.target_precision
     columns_of_heads = []
-    for head, other_strangers in zip(heads, map(np.concatenate, leave_one_out(strangers)), strict=True):
+    for head, other_strangers in zip(heads, strangers_of_others, strict=True):
         is_val = ~head.is_unseen & ~is_test  # of known classes
         answers = Answers(head.scores[is_val], head.is_right[is_val], other_strangers, share)
         slope, intercept = fit_log_odds(answers)
         probability = scipy.special.expit(slope * head.scores + intercept)
-        precision = job.config.target_precision
         thresholds, _ = fit_thresholds(head.classes[is_val], answers, precision, len(names), torch.float32)
         is_accepted = head.scores >= thresholds[head.classes]
         columns = (groups, probability, head.is_right, ~head.is_unseen, is_accepted)
         columns_of_heads.append([column[is_test] for column in columns])
     drawn, probability, is_right, is_known, is_accepted = map(np.concatenate, zip(*columns_of_heads, strict=True))
-    enrolment = [measure_enrolment(heads, strangers, is_test, count, job.config) for count in ENROLMENT_CROPS]
+    enrolment = [measure_enrolment(heads, strangers_of_others, is_test, count, job.config) for count in ENROLMENT_CROPS]
     evidence = [answers_of_enrolled(heads, is_test, count) for count in ENROLMENT_CROPS]
     return {
         "classes": [names[label] for label in np.flatnonzero(folds < num_folds).tolist()],
@@ -8414,21 +8415,19 @@ def score_by_regression(job: Job, features: Embedded) -> Scorer:
 
 
 def measure_enrolment(
-    heads: list[UnseenHead], strangers: list[np.ndarray], is_test: np.ndarray, num_crops: int, config: Config
+    heads: list[UnseenHead], strangers_of_others: list[np.ndarray], is_test: np.ndarray, num_crops: int, config: Config
 ) -> dict[str, Any]:
     """Measure how well classes are recognised that are enrolled from `num_crops` crops each, as means over heads and draws.
 
     Returns:
         crops, target_precision, unknown_share; accuracy on val and test images of the enrolled classes (`new`), and on test images
-        of the other classes after enrolment (`old`) and `before`. On test, at the threshold that val images and `strangers` of the
+        of the other classes after enrolment (`old`) and `before`. On test, at the threshold that val images and strangers of the
         other heads set for the target precision: the number of answers per draw that name an enrolled class (`answers`), the share
         of them that is right (`precision`), and the share of the enrolled classes' images that get such a right answer (`recall`).
     """
     figures: dict[str, list[float]] = {key: [] for key in ("new", "old", "before", "recall", "precision")}
-    others = zip(leave_one_out(heads), map(np.concatenate, leave_one_out(strangers)), strict=True)
-    for head, (other_heads, other_strangers) in zip(heads, others, strict=True):
-        evidence = answers_of_enrolled(other_heads, is_test, num_crops)
-        answers = Answers(*evidence, other_strangers, config.unknown_share)
+    for head, other_heads, strangers in zip(heads, leave_one_out(heads), strangers_of_others, strict=True):
+        answers = Answers(*answers_of_enrolled(other_heads, is_test, num_crops), strangers, config.unknown_share)
         threshold = precision_threshold(answers, config.target_precision) if len(answers.scores) else math.inf
         is_known_test = ~head.is_unseen & is_test
         for scores, is_new, is_right in zip(*head.enrolled[num_crops], strict=True):
