@@ -9153,11 +9153,9 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     weights = from_first(lambda: deployed_weights(load_checkpoint(run.path / BEST_NAME)))
     model.load_state_dict(weights, strict=False)
     features = {split: bank.get(split) for split in SPLIT_NAMES if len(records.rows(split))}
-    groups = records.groups
     unknown: dict[str, Embedded] = {}  # features of --unknown_dir, by split
     if job.config.unknown_dir is not None:
         strangers = from_first(unknown_records, job.config.unknown_dir, job.config)
-        groups = np.append(groups, groups.max() + 1 + strangers.groups)
         unknown_bank = FeatureBank(dataclasses.replace(job, records=strangers), model.backbone)
         for split in ("val", "test"):
             unknown[split] = unknown_bank.extract(eval_keys(strangers, strangers.rows(split), "bbox"), "unknown")
@@ -9197,8 +9195,10 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
         sessions = {"acc": none_if_nan(mean_of_defined(accuracies)), "images": len(accuracies), "pairs": pairs}
         run.event("test_end", **scored, **judgement, without_same_session=sessions)
-        if unknown:
-            unknown["test"] = unknown["test"]._replace(rows=unknown["test"].rows + len(records.paths))
+        groups = records.groups
+        if unknown:  # their rows follow those of the records
+            unknown["test"] = unknown["test"]._replace(rows=unknown["test"].rows + len(groups))
+            groups = np.append(groups, groups.max() + 1 + strangers.groups)
         figures = measure_run(job, model, gallery, features, unknown.get("test"), groups)
         compare_views(job, model, gallery, test, other_views)
         closed = figures["closed"][gallery.matcher]
