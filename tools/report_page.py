@@ -383,7 +383,8 @@ def view_calibration(run: Run) -> dict[str, Any] | None:
     source = figures.unseen if is_easy and figures.unseen else figures.measured
     bins = source["reliability"]
     right = sum(row["share"] * row["right"] for row in bins)
-    num_groups = len({item.group for item in run.predictions}) or figures.test["images"]
+    images = figures.test["images"]
+    groups = len({item.group for item in run.predictions}) or images
     return {
         "bins": bins,
         "source": source["open_set"]["source"],
@@ -392,8 +393,8 @@ def view_calibration(run: Run) -> dict[str, Any] | None:
         "unknown_share": source.get("unknown_share", 0.2),  # older runs do not name it
         "claimed": sum(row["share"] * row["probability"] for row in bins),
         "right": right,
-        "images": figures.test["images"],
-        "noise": 2 * math.sqrt(right * (1 - right) / num_groups),  # two standard errors of the share right
+        "sample": f"{images:,} test images" + (f" in {groups:,} groups" if groups < images else ""),
+        "noise": 2 * math.sqrt(right * (1 - right) / groups),  # two standard errors of the share right
     }
 
 
