@@ -5651,7 +5651,10 @@ class Answers(NamedTuple):
     unknown_share: float = 0.0  # of all objects in production
 
     def mix(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return scores, is_right and weights of all answers, (N + U,) each: 1 for a known object, together 1 - unknown_share."""
+        """Return scores, is_right and weights of all answers, (N + U,) each.
+
+        A known object weighs 1; unknown ones make up `unknown_share` of the total, and are left out if that is 0.
+        """
         strangers = self.strangers if self.unknown_share else self.strangers[:0]
         weight = self.unknown_share / (1 - self.unknown_share) * len(self.scores) / max(1, len(strangers))
         is_right = np.append(self.is_right, np.zeros(len(strangers), bool))
@@ -6490,11 +6493,11 @@ def split_classes(gallery: Gallery, references: Embedded, per_class: int) -> Gal
 
 
 def calibrate(
-    gallery: Gallery, val: Embedded, config: Config, vectors: np.ndarray | None, unseen: dict, dtype: torch.dtype
+    gallery: Gallery, val: Embedded, config: Config, strangers: np.ndarray | None, unseen: dict, dtype: torch.dtype
 ) -> Gallery:
     """Return the gallery with temperature fitted to val, thresholds and log-odds to val and unknown objects.
 
-    Unknown objects are taken to be --unknown_share of all. `vectors` (U, D) of such objects give their scores. Without them, these
+    Unknown objects are taken to be --unknown_share of all. `strangers` (U, D), vectors of such, give their scores. Without, these
     are what `measure_unseen` found for classes new to its heads, on the scale of this gallery's val scores; without that either,
     those of val crops whose classes are held out in turn, though the embedder has seen them, and real strangers score higher.
     `dtype` is the compute dtype of the backbone.
@@ -6505,8 +6508,8 @@ def calibrate(
     median, spread = score_scale(scores)
     num_few = min(len(answers), 1 + RETRIEVAL_CHUNK // num_classes)  # enough to fit one number
     few = np.linspace(0, len(answers) - 1, num_few).astype(int)
-    if vectors is not None:
-        stranger_scores = gallery.answer(vectors)[1]
+    if strangers is not None:
+        stranger_scores = gallery.answer(strangers)[1]
     elif unseen:
         stranger_scores = (median + spread * np.array(unseen["strangers"])).astype(np.float32)
     else:
@@ -8165,8 +8168,8 @@ def measure_unseen(job: Job, features: dict[str, Embedded]) -> tuple[dict[str, A
     """Measure how an embedding handles classes that it was not trained on; ({}, {}) without test, with too few or many images.
 
     Holding classes out of the run itself would take more runs. Instead, heads of the same kind are trained on the clean features of
-    the untrained backbone, each without one fold of the classes: all UNSEEN_FOLDS folds, or as many as UNSEEN_STEPS allows. Matcher
-    and thresholds are chosen on val images of the known classes, i.e. those that a head was trained on.
+    the untrained backbone, each without one fold of the classes: all UNSEEN_FOLDS folds, or as many as UNSEEN_STEPS allows. The
+    matcher is chosen on val images of the known classes, i.e. those that a head was trained on.
 
     Returns:
         Metrics. classes: those left out; images: the number of their val and test images; known_acc: accuracy on test images of
