@@ -7071,7 +7071,9 @@ def unknown_records(folder: Path, config: Config) -> Records:
     keys = [captured_text(path, config.group_regex) or path for path in paths]
     splits = [2 - hashlib.sha256(os.fsencode(key)).digest()[0] % 2 for key in keys]  # odd: val, even: test
     if len(set(splits)) < 2:
-        problem = f"holds {count_of(len(paths), 'image')}, which leaves one half empty"
+        num_groups = len(set(keys))
+        of_groups = f" in {count_of(num_groups, 'group')} (--group_regex)" if num_groups < len(keys) else ""
+        problem = f"holds {count_of(len(paths), 'image')}{of_groups}, which leaves one half empty"
         raise UserError(problem, f"--unknown_dir {folder}", "give a folder with more images of no class")
     labels = np.zeros(len(paths), np.int32)
     groups = np.unique(keys, return_inverse=True)[1].astype(np.int32)

@@ -456,6 +456,8 @@ def test_unknown_images_of_one_photo_stay_in_one_half(tmp_path: Path) -> None:
     assert {*halves.splits.tolist()} == {1, 2}
     apart = lct.unknown_records(strangers, lct.Config(group_regex=r"^(video\d+)_"))  # fits no name, and costs nothing
     assert apart.splits.tolist() == lct.unknown_records(strangers, lct.Config()).splits.tolist()
+    with pytest.raises(lct.UserError, match=r"40 images in 1 group \(--group_regex\), which leaves one half empty"):
+        lct.unknown_records(strangers, lct.Config(group_regex="^(shot)"))
 
 
 def test_unknown_images_set_the_thresholds_with_one_half_and_measure_with_the_other(
