@@ -7139,6 +7139,9 @@ def scan_for_run(
 ) -> Scan:
     """Scan a folder and its masks with the run's options; with the run's splits.json, keep only the images that the run used."""
     place = "--add" if root == getattr(config, "add", None) else config.origins.get("data_root")
+    regex = run.config.group_regex
+    if not splits_path and not any(captured_text(path, regex) for path in list_image_tree(root).paths):
+        regex = None  # files of another folder may have other names
     options = dataclasses.replace(
         run.config,
         origins=run.config.origins | ({"data_root": place} if place else {}),
@@ -7146,7 +7149,7 @@ def scan_for_run(
         out_dir=run.path,
         class_map=config.class_map,
         exclude=config.exclude,
-        group_regex=run.config.group_regex if splits_path else None,  # files of another folder have other names
+        group_regex=regex,
         masks_out=config.masks_out,
         data_fraction=run.config.data_fraction if splits_path else 1.0,
         splits=run.config.splits if splits_path else "random",  # any other folder holds class folders

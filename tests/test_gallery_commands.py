@@ -432,6 +432,12 @@ def test_intervals_draw_the_crops_of_one_photo_together(
     assert call_main("--data_root", data, *TINY_RUN, "--out_dir", tmp_path / "run", *flags) == 0
     assert call_main("evaluate", "--run", tmp_path / "run", *QUIET, "--unknown_dir", strangers) == 0
     counts = {(len(groups), len(np.unique(groups))) for _, groups in drawn.calls}
+    drawn.calls.clear()
+    other = make_dataset(tmp_path / "other", {"axe": 20, "bit": 16}, seed=3)
+    for path in other.rglob("*.png"):
+        path.rename(path.with_name(f"{path.parent.name}{int(path.stem) // 4}_{path.name}"))
+    assert call_main("evaluate", "--run", tmp_path / "run", *QUIET, "--data_root", other) == 0
+    assert {(len(groups), len(np.unique(groups))) for _, groups in drawn.calls} == {(36, 9)}, "named alike"
     test = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))["test"]
     known = [path for paths in test.values() for path in paths]
     records = lct.unknown_records(strangers, lct.Config(group_regex=r"^([a-z]+\d+)_"))
