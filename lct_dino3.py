@@ -5453,9 +5453,8 @@ class WeightAverage:
 BOUND_CONFIDENCE = 0.6  # of the error bound that sets thresholds: at 0.5 precision falls short, at 0.7 coverage
 PRIOR_ANSWERS = 10  # the answers of all classes count as 10 in the threshold of one: this keeps precision on hand tools
 MAX_SCORE_ENTRIES = 200_000_000  # (images x classes) float32 scores kept for ROC AUC: 800 MB; above it AUC is left out
-MIN_GROUPS = (
-    6  # fewer give no interval: even their whole range holds the median in 94 % of cases at most, of two in 50 %
-)
+# Fewer groups have no interval: even the range of five holds the median in 94 % of cases only, that of two in 50 %.
+MIN_GROUPS = 6
 BOOTSTRAP_DRAWS = 500
 BOOTSTRAP_SAMPLES = 10_000_000  # draws x samples: larger sets get fewer draws, but 100 in any case
 RETRIEVAL_NAMES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "map_at_r": "mAP@R"}
