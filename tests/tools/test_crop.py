@@ -313,20 +313,22 @@ def test_corrected_labels_move_add_and_remove(photos: Path, tmp_path: Path, call
     del content["annotations"][2]
     # Right of and below the one that is gone: another object, though both sides of their overlap are negative.
     content["annotations"].append({"id": 77, "image_id": 1, "category_id": 7, "bbox": [300, 380, 50, 60]})
+    # Listed first, and half over an earlier box: that box is nearer to the one that was drawn anew.
+    content["annotations"].insert(0, {**content["annotations"][1], "id": 78, "bbox": [330, 40, 145, 180]})
     source.write_text(json.dumps(content))
     assert call_main(*command(photos, source, out)) == 0
-    assert "1 added, 1 removed, 1 moved, 1 cut anew" in capsys.readouterr().out
+    assert "2 added, 1 removed, 1 moved, 1 cut anew" in capsys.readouterr().out
     after = {record["id"]: record for record in read_records(out)}
     assert (
         after[1]["file"] == before[1]["file"].replace("hammer", "pliers") and after[1]["sha256"] == before[1]["sha256"]
     )
     assert after[2]["file"] == before[2]["file"] and after[2]["sha256"] != before[2]["sha256"]
-    assert after[77]["file"] == "hammer/cropped/a_4.jpg"
+    assert after[77]["file"] == "hammer/cropped/a_5.jpg"
     on_disk = {name for name in read_tree(out) if name.endswith(".jpg")}
     assert on_disk == {record["file"] for record in after.values()}
     stamp = (out / after[4]["file"]).stat().st_mtime_ns
     assert call_main(*command(photos, write_cvat(tmp_path), out)) == 0  # the labels as they were, of another tool
-    assert "1 added, 1 removed, 1 moved, 1 cut anew" in capsys.readouterr().out
+    assert "1 added, 2 removed, 1 moved, 1 cut anew" in capsys.readouterr().out
     assert (out / after[4]["file"]).stat().st_mtime_ns == stamp
 
 
