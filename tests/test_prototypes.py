@@ -278,6 +278,8 @@ def test_auto_splits_classes_only_if_that_is_no_accident() -> None:
     assert lct.try_several_prototypes(plain, references, val).matcher == "prototypes"
     few = val.take(rng.permutation(len(val.rows))[:4])  # four wins of four do not prove it
     assert lct.try_several_prototypes(plain, references, few).matcher == "centroid"
+    twice = lct.concatenate_embedded([few, few])  # nor do they in two views each
+    assert lct.try_several_prototypes(plain, references, twice).matcher == "centroid"
 
 
 def test_where_no_class_has_several_prototypes_any_more_centroids_match() -> None:
