@@ -829,8 +829,11 @@ def test_a_start_that_does_not_fit_is_refused_by_its_keys(few_models: None, sour
         start_from(sources / "fine-tuned", ("a", "b"), model_id=TINY)
     alone = tmp_path / "checkpoint.pth"
     alone.write_bytes((sources / "frozen" / "checkpoint_best.pth").read_bytes())
-    with pytest.raises(lct.UserError, match="backbone, which is not stored in it"):
-        start_from(alone, ("a", "b"))
+    for damaged in (None, "{", "{}"):
+        if damaged:
+            (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(lct.UserError, match="backbone, which is not stored in it"):
+            start_from(alone, ("a", "b"))
     alone.write_bytes(alone.read_bytes()[:-2000] + bytes(1000) + alone.read_bytes()[-1000:])
     with pytest.raises(lct.UserError, match=r"damaged|cannot be read as weights"):
         start_from(alone, ("a", "b"))
