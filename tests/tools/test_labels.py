@@ -162,6 +162,7 @@ def task(*regions: dict, **more: object) -> str:
         ("a.xml", CVAT.format(height=10, shapes='<box label="b" xtl="1" ytl="2" xbr="3"/>'), "not of numbers"),
         ("a.xml", CVAT.format(height=10, shapes='<polygon label="b"/>'), "not of numbers"),
         ("a.xml", CVAT.format(height=10, shapes='<points label="b" points="1,2"/>'), "has the shape points"),
+        ("a.xml", CVAT.format(height=10, shapes='<cuboid label="b" xtl1="1" ytl1="2"/>'), "has the shape cuboid"),
         ("a.csv", CSV + "a.jpg,1,2,,4,b,m\n", "not of numbers"),
         ("a.csv", CSV + "a.jpg,1,2\n", "not of numbers"),
         (
@@ -316,7 +317,7 @@ SAME_BOX = {
         }],
     ),
     "table of Excel's Unicode text": (
-        "a.csv", "image\tx\ty\twidth\theight\tclass\r\na.jpg\t2\t1\t8\t6\tb\r\n".encode("utf-16"),
+        "A.CSV", "image\tx\ty\twidth\theight\tclass\r\na.jpg\t2\t1\t8\t6\tb\r\n".encode("utf-16"),
     ),
 }  # fmt: skip
 
