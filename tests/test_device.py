@@ -316,6 +316,14 @@ def test_what_answers_is_embedded_in_float32_however_the_backbone_is_trained(
     np.testing.assert_allclose(embeddings, exact, atol=1e-5)
     rows = [paths.tolist().index(path) for path in run.gallery.stack_paths]
     np.testing.assert_allclose(run.gallery.stacks, exact[rows], atol=1e-5)
+    if flags:  # one of them is enough
+        return
+    monkeypatch.setattr(lct, "training_runtime", lambda config: lct.Runtime(CPU, 0, torch.float32))  # another machine
+    words = words.replace("--epochs 1", "--epochs 2")
+    with ConvolutionFinder() as finder:
+        assert call_main(*words.split(), "--data_root", small_data, "--out_dir", tmp_path / "run") == 0
+    assert {dtype for _, dtype in finder.calls} == {torch.float32, torch.bfloat16}
+    assert lct.load_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["backbone_dtype"] == "bfloat16"
 
 
 def test_every_check_of_a_gpu_has_a_line_on_a_cpu_too_and_passes_for_nothing_there(
