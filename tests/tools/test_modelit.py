@@ -988,8 +988,8 @@ def test_an_analysis_is_that_of_numpy(trained: Path, here: Path, capsys: pytest.
     for name in ("cosine", "pca"):
         with Image.open(here / "rez" / "analysis" / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
-    picture = meshes.draw_points(np.array([[0.0, 0.0]] * 4 + [[1.0, 1.0]]), "abcde")
-    assert picture.getpixel((550, 90)) == ImageColor.getrgb(meshes.COLOURS[4]), "one far from all others is inside"
+    picture = meshes.draw_points(np.array([[0.0, 0.0]] * 6 + [[1.0, 1.0]]), "abcdefg")  # more points than colours
+    assert picture.getpixel((550, 90)) == ImageColor.getrgb(meshes.COLOURS[0]), "one far from all others is inside"
     assert run_main(*command) == 0, "without prompts, the classes"
 
 
