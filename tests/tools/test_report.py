@@ -840,7 +840,7 @@ def test_pictures_and_masks_are_those_of_training(tmp_path: Path) -> None:
     zeros = np.zeros_like(values)
     palette = Image.fromarray(values, "P")
     palette.putpalette([0, 0, 0, 90, 0, 0])
-    layers = ((values,), (values * 255,), (values * 100, zeros, zeros), (zeros, zeros, zeros, values * 255))
+    layers = ((values,), (values * 255,), (values * 100, zeros, zeros), (zeros, zeros, zeros, 100 + values * 155))
     images = [Image.fromarray(np.dstack(layer).squeeze()) for layer in layers]
     images += [palette, Image.fromarray(values > 0), Image.fromarray(values.astype(np.uint16))]
     for index, image in enumerate(images):
