@@ -282,9 +282,10 @@ def test_a_model_that_will_be_filled_is_built_without_random_numbers(tmp_path: P
 
 
 def test_fetched_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
-    donor = timm.create_model(TINY, num_classes=0)
+    """With a classifier, as timm's own have, timm accepts weights that lack a part."""
+    donor = timm.create_model(TINY, num_classes=5)
     weights = donor.state_dict()
-    settings = {"architecture": TINY, "num_classes": 0, "pretrained_cfg": donor.pretrained_cfg}
+    settings = {"architecture": TINY, "num_classes": 5, "pretrained_cfg": donor.pretrained_cfg}
     (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
     backbone, _ = build(model_id=f"local-dir:{tmp_path}", pretrained=True)
