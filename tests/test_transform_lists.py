@@ -248,6 +248,11 @@ def test_a_random_evaluation_is_warned_of(small_data: Path) -> None:
         assert bool(lct.check_transforms_fit(scan, config)) == is_random
         config = lct.parse_command_line(["--train_augmentations", f"[{text}]"])
         assert lct.check_transforms_fit(scan, config) == []
+    config = lct.parse_command_line(
+        ["--train_augmentations", "[{type: CropNonEmptyMaskIfExists, height: 9, width: 9}]"]
+    )
+    with pytest.raises(lct.UserError, match="Can not find mask"):  # what the library says of crops without one
+        lct.check_transforms_fit(scan, config)
 
 
 def test_an_image_that_a_transform_cannot_take_is_left_out_by_name(tmp_path: Path) -> None:
