@@ -175,9 +175,15 @@ def test_a_run_keeps_what_was_chosen_at_its_start(
     assert call_main(*words, "--epochs", "5", "--cache_views", "auto") == 0
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=10**6))
+    score_epoch = lct.score_epoch
+    monkeypatch.setattr(lct, "score_epoch", lambda *given: time.sleep(0.5) or score_epoch(*given))
     assert call_main(*words, "--epochs", "6") == 0
     options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
     assert options["cache_views"] == 4 and options["epochs"] == 6
+    last = [event for event in lct.read_events(tmp_path / "run") if event["event"] == "epoch_end"][-1]
+    train = json.loads((tmp_path / "run" / "splits.json").read_text())["train"]
+    seconds = sum(map(len, train.values())) / last["pace"]["images_per_s"]
+    assert last["seconds"] - seconds > 0.45, "the pace is that of training, without evaluation"
 
 
 def test_a_run_that_has_ended_embeds_no_views(data: Path, tmp_path: Path, call_main: Callable[..., int]) -> None:
