@@ -87,6 +87,7 @@ def test_unseen_classes_are_measured_in_five_folds(spread: float, least: float, 
     for head in heads:  # known val images lie around 0, also once a gallery of nearest references matches by centroids
         medians = [np.median(own[0][~head.is_unseen & ~is_test]) for own, *_ in head.enrolled.values()]
         np.testing.assert_allclose(medians, 0, atol=0.5)
+        assert len(np.unique(head.enrolled[5][0], axis=0)) == lct.ENROLMENT_DRAWS, "each draw has other crops"
     low, high = figures["unknown_passed"]["interval"]
     assert 0 <= low <= figures["unknown_passed"]["value"] <= high <= 1
 
