@@ -903,7 +903,7 @@ def test_an_image_that_is_judged_both_ways_counts_once(tmp_path: Path, monkeypat
     assert "6 of 12 views of test images are wrong" in section(text, "errors")
     assert "Views of test images by prototype matching" in section(text, "confusion")
     assert "36 images" in text and "prototypes, 6 test images" in text and "1,021, 43 prototypes" in text
-    assert section(text, "map").count('<i class="pt c') == 72
+    assert section(text, "map").count('<i class="pt c') == 72 and section(text, "map").count(" (masked)") == 36
     monkeypatch.setattr(report_page, "MAP_MAX_POINTS", 40)
     assert "40 of 72 views, the same share" in section(make_page(run.path), "map")
 
