@@ -7741,7 +7741,6 @@ class ViewCache:
             return
         with open(self._path, "r+b" if done else "wb") as file:
             file.seek(done * 2 * feature_dim)
-            file.truncate()
 
             def write_note() -> None:
                 file.flush()
