@@ -86,6 +86,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SCRIPT_NAME = "lct_dino3.py"
 
 
+def _stop_imports(number: int, _: Any) -> None:
+    """End a program of ours by Ctrl-C during its imports, which take seconds; `Signals` takes over after them."""
+    os.write(2, b"interrupted (SIGINT) before anything began\n")
+    os._exit(128 + number)
+
+
+_main_path = Path(getattr(sys.modules["__main__"], "__file__", None) or "-").resolve()
+_is_program = _main_path == Path(__file__).resolve() or _main_path.parent == Path(__file__).resolve().parent / "tools"
+if _is_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _stop_imports)
+
+
 # ======================================================================================================================
 # 02  CONFIG & CLI
 # ======================================================================================================================
@@ -9420,7 +9432,7 @@ PEER_ENDED = re.compile(
 
 
 def explain_failure(error: Exception, options: Options) -> UserError | None:
-    """Explain a failure that is no bug and that the user can remedy: memory, disk, a killed worker; None for any other."""
+    """Explain a failure that is no bug and that the user can remedy: memory, disk, a path, a killed worker; None for any other."""
     text = printable(str(error))
     given = vars(options)
     cause = text.partition("\n")[0].split(". ")[0][:200]
@@ -9456,6 +9468,8 @@ def explain_failure(error: Exception, options: Options) -> UserError | None:
         places = (error.filename, *(given.get(name) for name in ("out_dir", "output_dir", "out", "run")), Path.cwd())
         unwritten = write_error(Path(next(filter(None, places))), error, 0)
         return UserError(unwritten.what, unwritten.where, remedy)
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ENAMETOOLONG) and error.filename:
+        return UserError(error.strerror, str(error.filename), "check the path")
     return None
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import SCRIPT, TINY_RUN, run_cli
+from conftest import REPO, SCRIPT, TINY_RUN, run_cli
 
 import lct_dino3 as lct
 
@@ -202,6 +203,18 @@ def test_a_copy_of_the_script_without_its_tools_says_so(tmp_path):
     done = subprocess.run([sys.executable, str(copy), "prelabel", "--help"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert str(tmp_path / "tools" / "prelabel.py") in done.stderr and "put the folder tools/" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "program", [SCRIPT, *(REPO / "tools" / f"{name}.py" for name in ("masks", "prelabel", "modelit"))]
+)
+def test_ctrl_c_during_the_imports_shows_no_traceback(program, tmp_path):
+    (tmp_path / "cv2.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(60)")
+    (tmp_path / "data").mkdir()
+    command = [sys.executable, program, "scan", "--data_root", tmp_path / "data", "--out_dir", tmp_path / "run"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted (SIGINT) before anything began\n")
 
 
 @pytest.mark.parametrize(

@@ -224,11 +224,11 @@ def draw_once(folder: Path, content: str, draw: Callable[[Path], None]) -> None:
 
     Raises SystemExit if it cannot be written.
     """
-    if folder.exists():
-        return
-    show(f"drawing {content} into {folder}")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
+        if folder.exists():
+            return
+        show(f"drawing {content} into {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         parent = os.open(folder.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):  # some network file systems lock no folders

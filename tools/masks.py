@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lct_dino3 as lct  # before torch: it sets environment variables that torch reads on import
 
+# isort: split
 import numpy as np
 import torch
 from fonts import load_font
 from PIL import Image, ImageDraw
-
-import lct_dino3 as lct
 
 MAX_NAME_BYTES = 255 - len("..1234567.tmp")  # the longest name that `lct.atomic_file` can write
 MASK_AREA_RANGE = (0.02, 0.98)  # plausible share of a crop that its object fills

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(parser, argv)
     try:
         path = make_page(options.runs, options.out, options.data_root)
-    except ReportError as error:
+    except (ReportError, OSError) as error:  # OSError: no permission on a folder, too long a name
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # valid JSON, wrong content

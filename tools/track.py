@@ -457,8 +457,11 @@ def main() -> int:
     options = parse_options(parser)
     if not (options.clearml or options.tensorboard):
         parser.error("give --clearml, --tensorboard or both")
-    if not (options.run / "metrics.jsonl").is_file():
-        parser.error(f"{options.run} holds no run: metrics.jsonl is not there")
+    try:
+        if not (options.run / "metrics.jsonl").is_file():
+            parser.error(f"{options.run} holds no run: metrics.jsonl is not there")
+    except OSError as error:  # no permission on a folder, too long a name
+        parser.error(str(error))
     with contextlib.suppress(OSError, ValueError, TypeError):  # the run may not have written it yet
         if "num_devices" in json.loads((options.run / "config.json").read_text("utf-8")):
             parser.error(f"{options.run} is of lct-dino-3.py, which records in ClearML itself; train anew")

@@ -274,8 +274,10 @@ def test_what_training_refuses_ends_the_demo_with_its_message_and_code(drawn: Pa
 
 def test_a_place_that_cannot_be_written_ends_the_demo_with_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "demo").write_bytes(b"a file")
-    done = run_cli(*QUICK, cwd=tmp_path)
-    assert done.returncode == 2 and "demo/data: cannot be written" in done.stderr and "Traceback" not in done.stderr
+    for folder in ("demo/data", "a" * 256):
+        done = run_cli(*QUICK, "--data_root", folder, cwd=tmp_path)
+        assert done.returncode == 2 and f"{folder}: cannot be written" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_two_demos_at_once_draw_once(tmp_path: Path) -> None:

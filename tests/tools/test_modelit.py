@@ -772,6 +772,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(
         ),
         (("--voxel_size", 5), "give --voxel_size 4 or 8"),
         (("--use_batch_norm", "--batch_size", 1, "--disc_num_layers", 3), "needs two shapes a step"),
+        (("--dataset", "a" * 256), "aaa: File name too long\n  check the path"),
         (("--dataset", "nowhere"), "is neither a folder nor a known data set"),
         (("--dataset", "shapenetcore"), "needs a login"),
         (("--prompt", "a", "--prompts", __file__), "contradict each other"),

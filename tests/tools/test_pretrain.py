@@ -912,6 +912,7 @@ def test_a_dry_run_shows_views_and_trains_nothing(crops: Path, tmp_path: Path, c
         ("--train-dir {empty}", "holds no images"),
         ("--train-dir {one}", "holds one image"),
         ("--train-dir {none}", "does not exist"),
+        (f"--train-dir {'a' * 256}", "aaa: File name too long"),
         ("--train-dir {text}", "is no image"),
         ("--train-dir {broken}", "7 of 13 images cannot be read, such as"),
         ("--batch-size 100", "is more than the 22 crops to train on"),

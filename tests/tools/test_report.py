@@ -490,6 +490,7 @@ def test_a_mistyped_option_names_the_right_one(tmp_path: Path, capsys: pytest.Ca
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no folder of a run" in refuse(capsys, tmp_path)
+    assert "File name too long" in refuse(capsys, tmp_path / ("a" * 256))
     run = MadeRun(tmp_path)
     run.events[2]["val"]["loss"] = float("inf")
     assert "holds what no run writes" in refuse(capsys, run.write())

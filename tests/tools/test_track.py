@@ -343,9 +343,14 @@ def test_a_damaged_file_of_answers_costs_the_confusion_matrix(run: Path) -> None
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    for words in ([str(tmp_path), "--clearml"], [str(tmp_path)], [str(tmp_path), "--tensorbord"]):
+    for words in (
+        [str(tmp_path), "--clearml"],
+        [str(tmp_path)],
+        ["a" * 256, "--clearml"],
+        [str(tmp_path), "--tensorbord"],
+    ):
         done = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and "error:" in done.stderr and list(tmp_path.iterdir()) == []
+        assert done.returncode == 2 and " error: " in done.stderr and list(tmp_path.iterdir()) == []
     assert "did you mean --tensorboard?" in done.stderr
 
 
