@@ -487,7 +487,13 @@ class EvaluateOptions(RunOptions):
     split: str = option(
         "test", "images of the run to judge; beside --data_root, which holds them now", "run", choices=("test", "val")
     )
-    unknown_dir: Path | None = option(None, "images of no class, to measure with", "data", metavar="DIR", folder=True)
+    unknown_dir: Path | None = option(
+        None,
+        "images of no class, to measure with (default: those of the run, with its own images)",
+        "data",
+        metavar="DIR",
+        folder=True,
+    )
     class_map: Path | None = same_option("class_map")
     exclude: tuple[str, ...] = same_option("exclude")
     masks_out: Path | None = same_option("masks_out")
@@ -8596,11 +8602,13 @@ def run_evaluate(config: EvaluateOptions) -> None:
     read_run_config(config.run)  # refuses a folder that holds no run before a lock file is written into it
     with contextlib.nullcontext() if get_rank() else lock_directory(config.run, "--run"):
         run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
+        options = choose_options(run.config, config) if config.is_of_run else config
+        check_existing(options, "unknown_dir")
         records, rows = from_first(choose_records, run, config)
         embedded = embed_records(run, records, rows, config, run.embed)
         unknown = None
-        if config.unknown_dir is not None:
-            unknown_half = from_first(unknown_records, config.unknown_dir, run.config)
+        if options.unknown_dir is not None:
+            unknown_half = from_first(unknown_records, options.unknown_dir, run.config)
             unknown = embed_records(run, unknown_half, unknown_half.rows("test"), config, run.embed)
         if get_rank():
             return

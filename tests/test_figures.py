@@ -787,8 +787,7 @@ def test_evaluate_measures_the_same_as_the_run_itself(
     runs: Callable[[str], Run], call_main: Callable, name: str, split: str
 ) -> None:
     run = runs(name)
-    strangers = ["--unknown_dir", run.options["unknown_dir"]] if run.options["unknown_dir"] else []
-    command = ("evaluate", "--run", run.folder, "--split", split, *strangers, "--gpus", 0, "--workers", 0)
+    command = ("evaluate", "--run", run.folder, "--split", split, "--gpus", 0, "--workers", 0)
     assert call_main(*command, "--precision", "fp32") == 0
     written = json.loads((run.folder / "evaluation.json").read_text("utf-8"))
     assert written["images"] == len(np.unique(run.crops(split).rows))

@@ -164,6 +164,7 @@ def test_data_that_have_moved_are_named_by_file_and_key_with_the_flag_that_helps
         ("data_root", ("prototypes",), ("--data_root", tiny_run / "data")),
         ("class_map", ("prototypes",), ("--class_map", "none")),
         ("unknown_dir", ("prototypes",), ("--unknown_dir", "none")),
+        ("unknown_dir", ("evaluate",), ("--unknown_dir", "none")),
     ):
         set_options(run_dir, data_root=str(tiny_run / "data"), class_map=None, unknown_dir=None)
         set_options(run_dir, **{name: str(tmp_path / "gone")})
