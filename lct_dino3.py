@@ -2130,6 +2130,7 @@ IGNORED_PLACES = {
     IMAGE_ENTRY: ("image", "beside the class folders"),
     MASKS_ENTRY: ("folder", "of masks"),
 }
+CROP_FILES = ("crops.jsonl", "problems.json")  # tools/crop.py writes them beside the class folders
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
 CAMERA_BITS = (8, 10, 12, 14, 16)  # bit depths that an image stored in 16 bits may really use
 JPEG2000_TAGS = (34712, 33003, 33005)  # values of the TIFF tag Compression (259)
@@ -2435,7 +2436,8 @@ def list_images(data_root: Path, masks_dirname: str = "masks", splits: str = "ra
     folders: list[tuple[str, os.DirEntry]] = []  # prefix ('' or a split's folder with '/'), class folder
     for entry in visible_entries(data_root):
         if not is_folder(entry):
-            listing.ignored[entry_type(entry)] += 1
+            if entry.name not in CROP_FILES:
+                listing.ignored[entry_type(entry)] += 1
             continue
         if splits == "random":
             folders.append(("", entry))

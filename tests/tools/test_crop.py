@@ -415,6 +415,7 @@ def test_round_trip_moves_exactly_what_was_corrected(tmp_path: Path, call_main: 
     assert words[:2] == ["python", "lct_dino3.py"]
     words[words.index("--out_dir") + 1] = str(run)
     assert call_main(*words[2:], *TINY_RUN, "--val_split", "0.25") == 0
+    assert json.loads((run / "data_report.json").read_text())["warnings"] == []  # of the tool's own files neither
     groups = lct.group_keys([Path(r["file"]).name for r in read_records(out)], words[words.index("--group_regex") + 1])
     assert len(set(groups.tolist())) == 16
     labelled = tmp_path / "labels"
