@@ -2296,7 +2296,7 @@ def _choose_images(config: Config) -> tuple[Listing, dict[str, str | None], Coun
     if has_images and folders <= {"cropped", config.masks_dirname, CUTOUTS_DIRNAME}:
         root = config.data_root.resolve()
         parent = root.parent.parent if root.name == "cropped" else root.parent
-        remedy = f"give its parent, --data_root {parent}, if it is one\n{DATA_TREE}"
+        remedy = f"give its parent, {parent}, if it is one\n{DATA_TREE}"
         raise UserError("holds no class folders, and looks like one itself", where, remedy)
     if not folders:
         problem = "no train/ and val/ with class folders" if config.splits == "from_folders" else "no class folders"
@@ -7395,7 +7395,7 @@ def find_collisions(gallery: Gallery, names: Sequence[str]) -> list[str]:
 def remove_class(gallery: Gallery, name: str) -> Gallery:
     """Return the gallery without one class. Raises UserError if it has no such class, or the rest is too little to match."""
     if name not in gallery.class_names:
-        remedy = did_you_mean(name, gallery.class_names, f"it has {', '.join(gallery.class_names[:8])}")
+        remedy = did_you_mean(name, gallery.class_names, "--list shows what there is")
         raise UserError(f"there is no class {printable(name)}", "--remove", remedy)
     num_classes = len(gallery.class_names)
     if num_classes <= 2:

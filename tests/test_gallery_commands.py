@@ -329,6 +329,7 @@ def test_with_several_prototypes_a_class_enrolling_and_removing_keep_them_apart(
         (("prototypes",), "--run"),
         (("prototypes", "--run", "RUN", "--prototypes_per_class", "many"), "'many' is none of auto, 1"),
         (("prototypes", "--run", "RUN", "--list", "--remove", "axe"), "one thing at a time"),
+        (("prototypes", "--run", "RUN", "--remove", "quux", *QUIET), "class quux\n  --list shows what there is"),
         (("prototypes", "--run", "RUN", "--add", "nowhere"), "does not exist"),
         (("prototypes", "--run", "RUN", "--remove", "axe", "--no-match_features"), "has no effect beside --remove"),
         (("prototypes", "--run", "RUN", "--remove", "axe", "--exclude", "*_bad*"), "--exclude: has no effect beside"),

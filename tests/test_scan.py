@@ -722,10 +722,10 @@ def test_a_folder_that_is_one_class_itself_names_its_parent(
     put_images(tmp_path / "data/nut", *(f"{inside}{i}.png" for i in range(3)))
     (tmp_path / "data/nut/masks").mkdir()
     for folder in ("data/nut", f"data/nut/{inside}"):
-        with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*--data_root {tmp_path}/data, "):
+        with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*its parent, {tmp_path}/data, "):
             lct.scan_dataset(lct.Config(data_root=tmp_path / folder, out_dir=tmp_path / "run"))
         monkeypatch.chdir(tmp_path / folder)
-        with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*--data_root {tmp_path}/data, "):
+        with pytest.raises(lct.UserError, match=rf"looks like one itself\n.*its parent, {tmp_path}/data, "):
             lct.scan_dataset(lct.Config(data_root=Path(), out_dir=tmp_path / "run"))
 
 
