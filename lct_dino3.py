@@ -2130,6 +2130,7 @@ IGNORED_PLACES = {
     IMAGE_ENTRY: ("image", "beside the class folders"),
     MASKS_ENTRY: ("folder", "of masks"),
 }
+MAX_TABLE_CLASSES = 100  # in the log; data_report.json has all
 CROP_FILES = ("crops.jsonl", "problems.json")  # tools/crop.py writes them beside the class folders
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a header that claims more is refused before anything is decoded
 CAMERA_BITS = (8, 10, 12, 14, 16)  # bit depths that an image stored in 16 bits may really use
@@ -3150,12 +3151,20 @@ def format_class_table(report: dict[str, Any]) -> str:
 
 
 def format_table(heads: Sequence[str], rows: dict[str, Sequence[int]], width: int, **totals: int) -> str:
-    """Return counts by class as an aligned text table with a last line of `totals`, by default sums, in columns `width` wide."""
+    """Return counts by class as an aligned text table with a last line of `totals`, by default sums, in columns `width` wide.
+
+    Of more than MAX_TABLE_CLASSES classes only those with the smallest first count are listed, which are worth a look.
+    """
     name_width = max(5, *map(len, rows))
     sums = [totals.get(head, sum(column)) for head, column in zip(heads, zip(*rows.values(), strict=True), strict=True)]
     lines = [f"{'class':<{name_width}}" + "".join(f"{head:>{width}}" for head in heads)]
-    for name, values in [*rows.items(), ("all", sums)]:
+    listed = list(rows.items())
+    if len(rows) > MAX_TABLE_CLASSES:
+        listed = sorted(listed, key=lambda row: row[1][0])[:MAX_TABLE_CLASSES]
+    for name, values in [*listed, ("all", sums)]:
         lines.append(f"{name:<{name_width}}" + "".join(f"{value:>{width},}" for value in values))
+    if num_more := len(rows) - len(listed):
+        lines.insert(-1, f"... and {num_more:,} more, as large or larger, in data_report.json")
     return "\n".join(lines)
 
 

@@ -715,6 +715,16 @@ def test_with_given_splits_each_class_needs_training_images(tmp_path: Path) -> N
         lct.check_trainable(found, config)
 
 
+def test_of_many_classes_the_table_lists_the_smallest_and_counts_all() -> None:
+    rows = {f"part_{number}": [300 - number, 1] for number in range(150)}
+    head, *lines, more, total = lct.format_table(("usable", "test"), rows, 13).splitlines()
+    assert [line.split()[0] for line in lines] == [f"part_{number}" for number in range(149, 49, -1)]
+    assert more == "... and 50 more, as large or larger, in data_report.json"
+    assert head.split() == ["class", "usable", "test"] and total.split() == ["all", "33,825", "150"]
+    few = dict(list(rows.items())[:100])
+    assert [line.split()[0] for line in lct.format_table(("usable", "test"), few, 13).splitlines()[1:-1]] == list(few)
+
+
 @pytest.mark.parametrize("inside", ["", "cropped/"])
 def test_a_folder_that_is_one_class_itself_names_its_parent(
     inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
