@@ -3227,7 +3227,8 @@ def reuse_splits(path: Path, records: Records) -> tuple[Records, list[str]]:
     class_names = table["classes"]
     if class_names != list(records.class_names):
         problem = f"the run was started with other classes: {describe_change(class_names, records.class_names)}"
-        remedy = "restore the data or --class_map, or train anew, in a new --out_dir or with --overwrite"
+        remedy = "restore the data or --class_map (a line `null: [NAME]` in its file leaves a class out),"
+        remedy += " or train anew, in a new --out_dir or with --overwrite"
         raise UserError(problem, str(path.parent), remedy)
     rows = []
     for split_index, split in enumerate(SPLIT_NAMES):

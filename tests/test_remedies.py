@@ -209,13 +209,15 @@ def test_remedies_of_a_split_that_is_empty_or_damaged_work(
 
 
 def test_a_class_that_is_new_is_named_rather_than_that_it_is_small(
-    run_dir: Path, tiny_run: Path, tmp_path: Path, told: Callable[..., str]
+    run_dir: Path, tiny_run: Path, tmp_path: Path, told: Callable[..., str], call_main: Main
 ) -> None:
     data = shutil.copytree(tiny_run / "data", tmp_path / "data")
     make_dataset(data, {"saw": 1})
+    (tmp_path / "map.yaml").write_text("null: [saw]")
     for command in (train_again(run_dir, data), ("evaluate", "--run", run_dir, "--split", "val", "--data_root", data)):
         text = told(*command, *QUIET)
-        assert "other classes: 3 -> 4, gone: none, new: saw\n  restore the data or --class_map, or train anew" in text
+        assert "other classes: 3 -> 4, gone: none, new: saw\n" in text and "`null: [NAME]` in its file leaves" in text
+        assert call_main(*command, *QUIET, "--class_map", tmp_path / "map.yaml") == 0
 
 
 def test_a_gallery_of_another_model_is_put_right_by_the_command_it_prints(
