@@ -197,6 +197,11 @@ def test_a_command_stands_first():
     assert lct.parse_command_line(["scan", "--data_root", "x"]).command == "scan"
 
 
+@pytest.mark.parametrize("name", lct.TOOLS)
+def test_the_usage_of_a_tool_begins_with_the_command_that_starts_it(name):
+    assert run_cli(name, "--help").stdout.startswith(f"usage: python lct_dino3.py {name} ")
+
+
 def test_a_copy_of_the_script_without_its_tools_says_so(tmp_path):
     copy = tmp_path / "lct_dino3.py"
     copy.write_bytes(SCRIPT.read_bytes())

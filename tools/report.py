@@ -35,7 +35,9 @@ MARK = b'<meta name="generator" content="lct_dino3 report">'  # a file with this
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a page; return the exit code: 0 done, 2 a run or file that cannot be used, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="report.py", description="Make one page of a run, or one that compares several.", allow_abbrev=False
+        prog="python lct_dino3.py report",
+        description="Make one page of a run, or one that compares several.",
+        allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="out_dir of a run; several are compared")
     parser.add_argument(

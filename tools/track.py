@@ -443,7 +443,7 @@ class Recording:
 def main() -> int:
     """Record the run that the command line names; ends the process."""
     parser = argparse.ArgumentParser(
-        prog="python tools/track.py", description="Record a run in ClearML or TensorBoard.", allow_abbrev=False
+        prog="python lct_dino3.py track", description="Record a run in ClearML or TensorBoard.", allow_abbrev=False
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="out_dir of the run, which may still train")
     parser.add_argument(
