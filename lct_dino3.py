@@ -9255,6 +9255,10 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
             )
         else:
             result += "unknown objects that get a class all the same: not measured; give pictures of no class as --unknown_dir DIR"
+        if figures["thresholds"]["coverage"]["value"] < 0.5:
+            command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(run.path))}"
+            precision, share = max(0.5, job.config.target_precision - 0.05), job.config.unknown_share / 4
+            result += f"\nmost stay `unknown`: {command} --target_precision {precision:g} --unknown_share {share:g} asks for less"
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {count_of(len(job.unreadable), 'file')} could not be used as scanned, named above")

@@ -514,9 +514,15 @@ def test_training_ends_with_a_few_lines(run: Run) -> None:
         f"unknown objects that get a class all the same: {show(strangers['unknown_passed'])}",
         f"classes given that are right, if 20% of all objects are unknown (--unknown_share): {show(strangers['mixed_precision'])}",
     ]
+    is_low = measured["thresholds"]["coverage"]["value"] < 0.5
+    assert is_low is (run.folder.name != "tuned")
+    command = f"python lct_dino3.py prototypes --run {run.folder} --target_precision 0.8 --unknown_share 0.05"
+    assert lines[last + 6 :] == [
+        *([] if run.options["unknown_dir"] else [lines[last + 6]]),
+        *([f"most stay `unknown`: {command} asks for less"] if is_low else []),
+        f"finished: {run.folder / 'prototypes.npz'}, {run.folder / 'report.html'}",
+    ]
     assert ("--unknown_dir" in lines[last + 6]) is (run.options["unknown_dir"] is None)
-    assert lines[-1] == f"finished: {run.folder / 'prototypes.npz'}, {run.folder / 'report.html'}"
-    assert len(lines) == last + (7 if run.options["unknown_dir"] else 8)
 
 
 def test_views_are_compared_over_the_test_crops_that_have_both(runs: Callable[[str], Run]) -> None:
@@ -976,7 +982,7 @@ def test_a_best_checkpoint_that_is_gone_is_found_again_among_those_of_its_own_ep
     late = tmp_path / "run" / f"checkpoint_ep{len(run.val) - 1:03d}.pth"
     assert call_main(*places, *HARD_RUN, *HARD_RUNS["cached"].split(), "--resume", late) == 0
     np.testing.assert_array_equal(Run(tmp_path / "run").gallery["stacks"], run.gallery["stacks"])
-    last = (tmp_path / "run" / "train.log").read_text("utf-8").splitlines()[-2]
+    last = (tmp_path / "run" / "train.log").read_text("utf-8").splitlines()[-3]
     assert "unknown objects that get a class all the same: not measured" in last
 
 
