@@ -9239,31 +9239,42 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
             groups = np.append(groups, groups.max() + 1 + strangers.groups)
         figures = measure_run(job, model, gallery, features, unknown.get("test"), groups)
         compare_views(job, model, gallery, test, other_views)
-        closed = figures["closed"][gallery.matcher]
-        unseen = next((event for event in read_events(run.path) if event["event"] == "unseen_classes"), {})
-        result = f"{judgement['verdict']}\naccuracy {format_figure(closed['acc'])}, "
-        images = f"{len(test.rows):,} views of {num_images:,}" if len(test.rows) > num_images else f"{num_images:,}"
-        result += f"macro F1 {format_figure(closed['f1_macro'])}, on {images} test images\n"
-        coverage = format_figure(figures["thresholds"]["coverage"])
-        result += f"test images that get a class, not `unknown`: {coverage}\n"
-        if "unknown_passed" in figures:
-            result += format_unknown(figures)
-        elif "unknown_share" in unseen:  # a run that an older script began has not measured it
-            result += format_unknown(unseen)
-            result += (
-                "\nthese are of classes that heads were trained without; --unknown_dir DIR measures those of production"
-            )
-        else:
-            result += "unknown objects that get a class all the same: not measured; give pictures of no class as --unknown_dir DIR"
-        if figures["thresholds"]["coverage"]["value"] < 0.5:
-            command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(run.path))}"
-            precision, share = max(0.5, job.config.target_precision - 0.05), job.config.unknown_share / 4
-            result += f"\nmost stay `unknown`: {command} --target_precision {precision:g} --unknown_share {share:g} asks for less"
+        result = summarize_run(job, judgement["verdict"], figures, gallery.matcher, test.rows)
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {count_of(len(job.unreadable), 'file')} could not be used as scanned, named above")
     run.log(result)
     run.log(f"finished: {run.path / 'prototypes.npz'}" + (f", {run.path / 'report.html'}" if has_report else ""))
+
+
+def summarize_run(job: Job, verdict: str, figures: dict[str, Any], matcher: str, rows: np.ndarray) -> str:
+    """Return the lines that the log ends with; `figures` are those of `measure_gallery` on the test views of `rows` (N,)."""
+    closed = figures["closed"][matcher]
+    coverage = figures["thresholds"]["coverage"]
+    num_images = len(np.unique(rows))  # with --crop_mode mix, an image has two views
+    images = f"{len(rows):,} views of {num_images:,}" if len(rows) > num_images else f"{num_images:,}"
+    lines = [
+        verdict,
+        f"accuracy {format_figure(closed['acc'])}, macro F1 {format_figure(closed['f1_macro'])}, on {images} test images",
+        f"test images that get a class, not `unknown`: {format_figure(coverage)}",
+    ]
+    unseen = next((event for event in read_events(job.run.path) if event["event"] == "unseen_classes"), {})
+    if "unknown_passed" in figures:
+        lines.append(format_unknown(figures))
+    elif "unknown_share" in unseen:  # a run that an older script began has not measured it
+        lines.append(format_unknown(unseen))
+        lines.append(
+            "these are of classes that heads were trained without; --unknown_dir DIR measures those of production"
+        )
+    else:
+        remedy = "give pictures of no class as --unknown_dir DIR"
+        lines.append(f"unknown objects that get a class all the same: not measured; {remedy}")
+    if coverage["value"] < 0.5:
+        command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(job.run.path))}"
+        less = f"--target_precision {max(0.5, job.config.target_precision - 0.05):g}"
+        less += f" --unknown_share {job.config.unknown_share / 4:g}"
+        lines.append(f"most stay `unknown`: {command} {less} asks for less")
+    return "\n".join(lines)
 
 
 def measure_run(
