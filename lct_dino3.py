@@ -92,9 +92,9 @@ def _stop_imports(number: int, _: Any) -> None:
     os._exit(128 + number)
 
 
-_main_path = Path(getattr(sys.modules["__main__"], "__file__", None) or "-").resolve()
-_is_program = _main_path == Path(__file__).resolve() or _main_path.parent == Path(__file__).resolve().parent / "tools"
-if _is_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+_program = Path(getattr(sys.modules["__main__"], "__file__", None) or "-").resolve()
+_is_ours = _program.name == SCRIPT_NAME or _program.parent == Path(__file__).resolve().parent / "tools"
+if _is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop_imports)
 
 
@@ -488,11 +488,7 @@ class EvaluateOptions(RunOptions):
         "test", "images of the run to judge; beside --data_root, which holds them now", "run", choices=("test", "val")
     )
     unknown_dir: Path | None = option(
-        None,
-        "images of no class, to measure with (default: those of the run, with its own images)",
-        "data",
-        metavar="DIR",
-        folder=True,
+        None, "images of no class (default: the run's, with its images)", "data", metavar="DIR", folder=True
     )
     class_map: Path | None = same_option("class_map")
     exclude: tuple[str, ...] = same_option("exclude")
@@ -5717,9 +5713,8 @@ def precision_threshold(
     wrong_parameter = num_answers - num_right + (1 if prior is None else 1e-9)  # of the Beta distribution, above 0
     # The confidence that the error rate is low enough; the rate at BOUND_CONFIDENCE (betaincinv) takes 16 times as long.
     confidence = scipy.special.betainc(wrong_parameter, np.maximum(num_right, 1e-9), 1 - precision)
-    is_precise = (
-        confidence >= BOUND_CONFIDENCE if precision < 1 else num_right == num_answers
-    )  # no bound promises 100 %
+    # No bound promises 100 %.
+    is_precise = confidence >= BOUND_CONFIDENCE if precision < 1 else num_right == num_answers
     passing = np.flatnonzero(is_precise & is_last_of_score)
     if not len(passing):
         return float(np.float32(scores.max(initial=-1.0) + SCORE_ROUNDING[dtype]))
@@ -8616,7 +8611,7 @@ def run_evaluate(config: EvaluateOptions) -> None:
         run = load_run(config.run, make_runtime(config.gpus, config.precision), config.backbone_weights)
         options = choose_options(run.config, config) if config.is_of_run else config
         check_existing(options, "unknown_dir")
-        records, rows = from_first(choose_records, run, config)
+        records, rows = from_first(choose_records, run, config, options)
         embedded = embed_records(run, records, rows, config, run.embed)
         unknown = None
         if options.unknown_dir is not None:
@@ -8649,11 +8644,13 @@ def run_evaluate(config: EvaluateOptions) -> None:
         show(f"written: {run.path / 'evaluation.json'}")
 
 
-def choose_records(run: TrainedRun, config: EvaluateOptions) -> tuple[Records, np.ndarray]:
-    """Scan the images that the run is measured on, print which they are, and return the records and the rows to use."""
+def choose_records(run: TrainedRun, config: EvaluateOptions, options: Options) -> tuple[Records, np.ndarray]:
+    """Scan the images that the run is measured on, print which they are, and return the records and the rows to use.
+
+    `options` are `config`, or, for the run's own images, those of `choose_options`.
+    """
     names = run.gallery.class_names
     if config.is_of_run:
-        options = choose_options(run.config, config)
         try:
             check_existing(options, "data_root")
         except UserError as error:
@@ -9223,11 +9220,13 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
         write_predictions(run.path / "predictions.csv", gallery, records, test)
         prototypes, per_class = compute_gallery_metrics(gallery, test)
         classifier = score_classifier(job, model, embed(model, features["test"]))[0]
-        num_images = len(np.unique(test.rows))  # with --crop_mode mix, an image has two views
         trained_right = image_accuracy(records, test.rows, gallery.answer(test.values)[0] == test.labels)
         group_of = dict(zip(records.paths, records.groups.tolist(), strict=True))
         judgement = judge_training(state.baseline, state.frozen_right, trained_right, group_of)
-        counts = {"images": num_images, "views": len(test.rows)}
+        counts = {
+            "images": len(np.unique(test.rows)),
+            "views": len(test.rows),
+        }  # with --crop_mode mix, two views an image
         scored = {"classifier": classifier, "prototypes": prototypes, "per_class": per_class, **counts}
         accuracies = np.array([value for path, value in trained_right.items() if path not in state.sessions])
         pairs = dict(itertools.islice(state.sessions.items(), SHOWN_SESSIONS))
@@ -9239,7 +9238,7 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
             groups = np.append(groups, groups.max() + 1 + strangers.groups)
         figures = measure_run(job, model, gallery, features, unknown.get("test"), groups)
         compare_views(job, model, gallery, test, other_views)
-        result = summarize_run(job, judgement["verdict"], figures, gallery.matcher, test.rows)
+        result = summarize_run(job, judgement["verdict"], figures, gallery.matcher, counts)
     has_report = start_report(run)
     if job.unreadable:
         run.log(f"warning: {count_of(len(job.unreadable), 'file')} could not be used as scanned, named above")
@@ -9247,12 +9246,13 @@ def finish_run(job: Job, state: TrainState, bank: FeatureBank) -> None:
     run.log(f"finished: {run.path / 'prototypes.npz'}" + (f", {run.path / 'report.html'}" if has_report else ""))
 
 
-def summarize_run(job: Job, verdict: str, figures: dict[str, Any], matcher: str, rows: np.ndarray) -> str:
-    """Return the lines that the log ends with; `figures` are those of `measure_gallery` on the test views of `rows` (N,)."""
+def summarize_run(job: Job, verdict: str, figures: dict[str, Any], matcher: str, counts: dict[str, int]) -> str:
+    """Return the lines that the log ends with; `figures` are those of `measure_gallery`, `counts` the test's images and views."""
     closed = figures["closed"][matcher]
     coverage = figures["thresholds"]["coverage"]
-    num_images = len(np.unique(rows))  # with --crop_mode mix, an image has two views
-    images = f"{len(rows):,} views of {num_images:,}" if len(rows) > num_images else f"{num_images:,}"
+    images = f"{counts['images']:,}"
+    if counts["views"] > counts["images"]:
+        images = f"{counts['views']:,} views of {images}"
     lines = [
         verdict,
         f"accuracy {format_figure(closed['acc'])}, macro F1 {format_figure(closed['f1_macro'])}, on {images} test images",
@@ -9271,9 +9271,9 @@ def summarize_run(job: Job, verdict: str, figures: dict[str, Any], matcher: str,
         lines.append(f"unknown objects that get a class all the same: not measured; {remedy}")
     if coverage["value"] < 0.5:
         command = f"python {SCRIPT_NAME} prototypes --run {shlex.quote(str(job.run.path))}"
-        less = f"--target_precision {max(0.5, job.config.target_precision - 0.05):g}"
-        less += f" --unknown_share {job.config.unknown_share / 4:g}"
-        lines.append(f"most stay `unknown`: {command} {less} asks for less")
+        command += f" --target_precision {max(0.5, job.config.target_precision - 0.05):g}"
+        command += f" --unknown_share {job.config.unknown_share / 4:g}"
+        lines.append(f"most stay `unknown`: {command} asks for less")
     return "\n".join(lines)
 
 

@@ -1046,12 +1046,9 @@ def check_predictions(run: Run, rows: list[dict[str, str]], crops: Crops, chosen
             view = ("bbox", "mask")[gallery["stack_views"][nearest]]
             assert (row[name], row[f"{name}_view"]) == (gallery["stack_paths"][nearest], view)
         assert Path(row["mask"]).stem.startswith(Path(key[0]).stem) if key[1] == "mask" else True
-    group_of = {
-        re.search(run.options["group_regex"], Path(path).name)[1]: row["group"] for (path, _), row in found.items()
-    }
-    assert len({*group_of.values()}) == len(group_of) > 1
-    for (path, _), row in found.items():
-        assert row["group"] == group_of[re.search(run.options["group_regex"], Path(path).name)[1]]
+    shots = [re.search(run.options["group_regex"], Path(row["path"]).name)[1] for row in rows]
+    groups = [row["group"] for row in rows]
+    assert len({*zip(shots, groups, strict=True)}) == len({*shots}) == len({*groups}) > 1
 
 
 def test_predictions_are_the_answers_to_the_test_crops(run: Run) -> None:

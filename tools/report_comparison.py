@@ -98,11 +98,9 @@ def judge_runs(names: list[str], images: list[list[Prediction]], untested: list[
     groups = np.unique([items[0].group for items in images], return_inverse=True)[1]
     leads = np.bincount(groups, weights=is_right[:, first].astype(int) - is_right[:, second])
     wins, losses = int((leads > 0).sum()), int((leads < 0).sum())
-    units = (
-        "them"
-        if len(leads) == len(images)
-        else f"their {len(leads):,} groups (crops of one photo, say, or near-duplicates)"
-    )
+    units = "them"
+    if len(leads) < len(images):
+        units = f"their {len(leads):,} groups (crops of one photo, say, or near-duplicates)"
     p_value = sign_test(wins, losses)
     is_ahead = p_value < SIGNIFICANCE / (len(names) - 1)
     scores = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in zip(names, accuracies.tolist(), strict=True))
